@@ -1,0 +1,76 @@
+"""How the model reaches the device."""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import StableDiffusionPipeline
+from runpod import RunPodLogger
+
+from src import weights
+from src.settings import DEFAULT_MODEL_ID, DEMO_MODEL_ID, Settings, StartError, on_runpod
+
+log = RunPodLogger()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded Stable Diffusion pipeline, ready on its device, and the name that clients know it by."""
+
+    name: str
+    pipe: StableDiffusionPipeline
+
+    @property
+    def native_size(self) -> int:
+        """Width and height in pixels that the model was trained for."""
+        size: int = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+        return size
+
+
+def load(settings: Settings) -> Model:
+    """Finds the model and loads it: float16 straight onto the CUDA device, or float32 where there is none.
+
+    Raises:
+        StartError: if there is no such model, it is damaged, or it is not one that this worker runs.
+    """
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    # importing the SDK turns on every library's INFO lines: several for each file of a download
+    logging.getLogger().setLevel(logging.WARNING)
+    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    if device == "cpu" and on_runpod() and settings.model_id != DEMO_MODEL_ID:
+        raise StartError(
+            "no CUDA device. The endpoint needs a GPU host whose driver offers "
+            f"CUDA {torch.version.cuda or '13.0'} (choose it under Allowed CUDA versions). "
+            f"To paint with the embedded toy model on the CPU, set MODEL_ID={DEMO_MODEL_ID}"
+        )
+    model_id = settings.model_id or (DEFAULT_MODEL_ID if device == "cuda" else DEMO_MODEL_ID)
+
+    started = time.monotonic()
+    path, where = weights.find(model_id, settings)
+    found = time.monotonic()
+    log.info(f"model {model_id}: {where}, {found - started:.1f} s")
+
+    without: dict[str, Any] = {}
+    if not settings.safety_checker:
+        without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(
+            path, dtype=dtype, device_map=device, use_safetensors=True, local_files_only=True, **without
+        )
+    except Exception as error:
+        raise StartError(f"cannot load model {model_id}: {weights.first_line(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    if settings.attention_slicing != "off":
+        pipe.enable_attention_slicing(settings.attention_slicing)
+    log.info(
+        f"model {model_id}: loaded on {device} in {str(dtype).removeprefix('torch.')}, "
+        f"attention slicing {settings.attention_slicing}, "
+        f"safety checker {'on' if pipe.safety_checker else 'off'}, {time.monotonic() - found:.1f} s"
+    )
+    return Model(weights.public_name(model_id, path), pipe)

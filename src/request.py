@@ -1,0 +1,260 @@
+"""What ``job["input"]`` may hold, and what the client reads when it holds something else."""
+
+import difflib
+import math
+import re
+import secrets
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+SchedulerName = Literal[
+    "PNDM",
+    "DDIM",
+    "KLMS",
+    "K_EULER",
+    "K_EULER_ANCESTRAL",
+    "DPMSolverMultistep",
+    "DPMSolverSinglestep",
+    "UniPCMultistep",
+]
+"""The names that Cog's Stable Diffusion and RunPod's SDXL worker use."""
+
+MAX_PROMPT_LENGTH = 2_000
+MIN_SIZE = 64
+MAX_SEED = 2**53 - 1
+"""The largest integer that a JSON client can hold exactly (IEEE 754 double)."""
+MAX_FAULTS_TOLD = 20
+MAX_VALUE_TOLD = 40
+
+
+class JobError(Exception):
+    """A failure whose text is written for the client.
+
+    Args:
+        message: what the client reads.
+        refresh_worker: whether RunPod is to replace this worker.
+    """
+
+    def __init__(self, message: str, *, refresh_worker: bool = False) -> None:
+        super().__init__(message)
+        self.refresh_worker = refresh_worker
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What a model gives a request that leaves things open, and the most it paints.
+
+    ``native_size`` and ``max_size`` are in pixels, for width and height alike.
+    """
+
+    native_size: int
+    max_size: int
+    scheduler: str
+
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def _whole_number(value: object) -> object:
+    """JSON has one kind of number: 512.0 is the integer 512."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _real_number(value: object) -> object:
+    try:
+        return float(value) if type(value) is int else value
+    except OverflowError:
+        return math.inf
+
+
+def _plain_text(value: str) -> str:
+    if _LONE_SURROGATE.search(value):
+        raise PydanticCustomError("lone_surrogate", "must be valid Unicode, has a lone surrogate")
+    if _CONTROL_CHARACTER.search(value):
+        raise PydanticCustomError("control_character", "must not hold control characters other than newline and tab")
+    return value.strip()
+
+
+Integer = Annotated[StrictInt, BeforeValidator(_whole_number)]
+Number = Annotated[StrictFloat, BeforeValidator(_real_number), Field(allow_inf_nan=False)]
+Size = Annotated[Integer, Field(ge=MIN_SIZE, multiple_of=8)]
+Text = Annotated[StrictStr, AfterValidator(_plain_text)]
+
+
+class ImageRequest(BaseModel):
+    """One job's input, complete and within bounds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: Annotated[Text, Field(description="What to paint")]
+    negative_prompt: Annotated[Text, Field(description="What to keep out of the picture")] = ""
+    width: Annotated[Size, Field(description="Width in pixels")]
+    height: Annotated[Size, Field(description="Height in pixels")]
+    num_inference_steps: Annotated[Integer, Field(ge=1, le=150, description="Denoising steps")] = 50
+    guidance_scale: Annotated[Number, Field(ge=0, le=30, description="How closely to follow the prompt")] = 7.5
+    seed: Annotated[Integer, Field(ge=0, le=MAX_SEED, description="Seed of the first image; image i uses seed + i")] = (
+        Field(default_factory=lambda: secrets.randbits(32))
+    )
+    num_images: Annotated[Integer, Field(ge=1, le=4, description="Number of images")] = 1
+    scheduler: Annotated[str, Field(description="Sampler")]
+
+    @classmethod
+    def parse(cls, job_input: object, limits: ModelLimits) -> Self:
+        """Validates a job's input for a model.
+
+        Args:
+            job_input: ``job["input"]``, as JSON made it.
+            limits: the model's defaults and bounds.
+
+        Raises:
+            JobError: naming every fault at once.
+        """
+        if not isinstance(job_input, dict):
+            raise JobError(f'invalid input: must be an object such as {{"prompt": "..."}}, got {_kind(job_input)}')
+        try:
+            return cls.model_validate(job_input, context=limits)
+        except ValidationError as error:
+            faults = error.errors()
+            told = [_told(fault) for fault in faults[:MAX_FAULTS_TOLD]]
+            if len(faults) > len(told):
+                told.append(f"and {len(faults) - len(told)} more")
+            raise JobError(f"invalid input: {'; '.join(told)}") from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, job_input: dict[str, Any], info: ValidationInfo[ModelLimits]) -> dict[str, Any]:
+        limits = info.context
+        own = {"width": limits.native_size, "height": limits.native_size, "scheduler": limits.scheduler}
+        return own | {_printable(name): value for name, value in job_input.items() if value is not None}
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _length(cls, value: str, info: ValidationInfo[ModelLimits]) -> str:
+        least = 1 if info.field_name == "prompt" else 0
+        if not least <= len(value) <= MAX_PROMPT_LENGTH:
+            raise PydanticCustomError(
+                "length",
+                "must have {least} to {most} characters, got {length}",
+                {"least": least, "most": f"{MAX_PROMPT_LENGTH:,}", "length": f"{len(value):,}"},
+            )
+        return value
+
+    @field_validator("width", "height")
+    @classmethod
+    def _not_too_large(cls, value: int, info: ValidationInfo[ModelLimits]) -> int:
+        if value > info.context.max_size:
+            raise PydanticCustomError(
+                "too_large",
+                "must be at most {most}, got {value}",
+                {"most": info.context.max_size, "value": _short(value)},
+            )
+        return value
+
+    @field_validator("scheduler", mode="before")
+    @classmethod
+    def _known_scheduler(cls, value: object, info: ValidationInfo[ModelLimits]) -> object:
+        names = get_args(SchedulerName)
+        if isinstance(value, str) and value not in (*names, info.context.scheduler):
+            raise PydanticCustomError(
+                "unknown_scheduler",
+                "must be one of {names}, got {value}",
+                {"names": ", ".join(names), "value": _short(value)},
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _last_seed(self) -> Self:
+        most = MAX_SEED - self.num_images + 1
+        if self.seed > most:
+            raise PydanticCustomError(
+                "last_seed",
+                "seed: must be at most {most} for {num_images} images, got {seed}",
+                {"most": most, "num_images": self.num_images, "seed": self.seed},
+            )
+        return self
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each image."""
+        return [self.seed + i for i in range(self.num_images)]
+
+
+def _told(fault: ErrorDetails) -> str:
+    """One fault in the client's words."""
+    if not fault["loc"]:
+        return fault["msg"]
+    name, value, bounds = _short(fault["loc"][0]), fault["input"], fault.get("ctx", {})
+    match fault["type"]:
+        case "missing":
+            said = "required"
+        case "extra_forbidden":
+            near = _nearest_field(name)
+            said = "unknown field" + (f", did you mean {near}?" if near else "")
+        case "int_type" | "int_from_float":
+            said = f"must be an integer, got {_kind(value)}"
+        case "float_type":
+            said = f"must be a number, got {_kind(value)}"
+        case "string_type":
+            said = f"must be a string, got {_kind(value)}"
+        case "finite_number":
+            said = "must be a finite number"
+        case "greater_than_equal":
+            said = f"must be at least {bounds['ge']}, got {_short(value)}"
+        case "less_than_equal":
+            said = f"must be at most {bounds['le']}, got {_short(value)}"
+        case "multiple_of":
+            said = f"must be a multiple of {bounds['multiple_of']}, got {_short(value)}"
+        case _:
+            said = fault["msg"]
+    return f"{name}: {said}"
+
+
+def _nearest_field(name: str) -> str | None:
+    fields = list(ImageRequest.model_fields)
+    within = [field for field in fields if len(name) > 2 and name.lower() in field]
+    return next(iter(within or difflib.get_close_matches(name.lower(), fields, n=1, cutoff=0.4)), None)
+
+
+def _kind(value: object) -> str:
+    """A JSON value's type in words."""
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return f"{value}".lower()
+        case int() | float():
+            return _short(value)
+        case str():
+            return "a string"
+        case list():
+            return "a list"
+        case _:
+            return "an object"
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
+def _short(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 128:
+        return "a huge number"
+    text = _printable(str(value))
+    return text if len(text) <= MAX_VALUE_TOLD else text[:MAX_VALUE_TOLD] + "..."

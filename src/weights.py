@@ -1,0 +1,145 @@
+"""Where a model's files are found, and whether they are what the worker runs."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION, DEMO_MODEL_ID, Settings, StartError
+
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+RUNPOD_CACHE = Path("/runpod-volume/huggingface-cache/hub")
+"""Where RunPod's cached models lie on a worker, in the layout of the Hugging Face cache."""
+
+PIPELINE = "StableDiffusionPipeline"
+NEEDED_FILES = [
+    "model_index.json",
+    "*/*.json",
+    "*/*.txt",
+    "*/model.safetensors",
+    "*/diffusion_pytorch_model.safetensors",
+]
+"""What a download takes of a repository: no pickled twin, no single-file checkpoint, no other precision."""
+
+WEIGHT_FILES = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "safety_checker": "model.safetensors",
+}
+
+
+def find(model_id: str, settings: Settings) -> tuple[Path, str]:
+    """Finds a model's directory, downloading it where it must.
+
+    A directory is taken as it is. A hub id is looked for among RunPod's cached models, then in the Hugging Face cache,
+    then on the hub.
+
+    Returns:
+        The directory, and where it was found, in words.
+
+    Raises:
+        StartError: if it is nowhere, or what is there cannot be used.
+    """
+    if model_id == DEMO_MODEL_ID:
+        return DEMO_MODEL, "embedded"
+    local = Path(model_id).expanduser()
+    if local.is_dir():
+        check(local, settings)
+        return local, "local directory"
+    if model_id.startswith(("/", ".", "~")):
+        raise StartError(f"MODEL_ID={model_id}: no such directory")
+
+    pinned = DEFAULT_MODEL_REVISION if model_id == DEFAULT_MODEL_ID else None
+    wanted: dict[str, Any] = {
+        "repo_id": model_id,
+        "revision": settings.model_revision or pinned,
+        "allow_patterns": NEEDED_FILES,
+        "ignore_patterns": None if settings.safety_checker else ["safety_checker/*", "feature_extractor/*"],
+    }
+    for cache, where in ((RUNPOD_CACHE, "RunPod's cached models"), (None, "Hugging Face cache")):
+        try:
+            path = Path(snapshot_download(**wanted, cache_dir=cache, local_files_only=True))
+            check(path, settings)
+            return path, where
+        except HFValidationError:
+            hint = f"neither a directory nor a hub id such as {DEFAULT_MODEL_ID}"
+            raise StartError(f"MODEL_ID={model_id}: {hint}") from None
+        except (LocalEntryNotFoundError, StartError):
+            continue
+    path = _download(wanted, settings)
+    check(path, settings)
+    return path, "downloaded"
+
+
+def _download(wanted: dict[str, Any], settings: Settings) -> Path:
+    name = wanted["repo_id"] + (f" at revision {wanted['revision']}" if wanted["revision"] else "")
+    token = settings.hf_token.get_secret_value() if settings.hf_token else None
+    try:
+        return Path(snapshot_download(**wanted, token=token))
+    except GatedRepoError as error:
+        raise StartError(f"{name} is gated: accept its licence on the hub and set HF_TOKEN") from error
+    except RevisionNotFoundError as error:
+        raise StartError(f"{name}: the hub has no such revision") from error
+    except RepositoryNotFoundError as error:
+        raise StartError(f"{name}: the hub has no such model, or it is private and HF_TOKEN may not read it") from error
+    except LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise StartError(f"{name} is in no local cache, and HF_HUB_OFFLINE=1 forbids a download") from error
+        raise StartError(f"{name} is in no local cache, and the hub cannot be reached") from error
+    except Exception as error:
+        raise StartError(f"cannot download {name}: {first_line(error)}") from error
+
+
+def check(path: Path, settings: Settings) -> None:
+    """Sees to it that a directory holds a Stable Diffusion pipeline in safetensors, without reading the weights.
+
+    Raises:
+        StartError: naming what is missing or of the wrong kind.
+    """
+    try:
+        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StartError(f"{path} is not a diffusers pipeline: it has no model_index.json") from None
+    except (OSError, ValueError) as error:
+        raise StartError(f"cannot read {path / 'model_index.json'}: {first_line(error)}") from error
+    kind = index.get("_class_name") if isinstance(index, dict) else None
+    if kind != PIPELINE:
+        raise StartError(f"{path} is a {kind}, this worker runs a {PIPELINE}")
+    for component, weights in WEIGHT_FILES.items():
+        absent = index.get(component, [None])[0] is None
+        if component == "safety_checker" and (absent or not settings.safety_checker):
+            continue
+        file = path / component / weights
+        if os.access(file, os.R_OK):
+            continue
+        if file.exists():
+            reason = "it may not be read by this user"
+        elif any((path / component).glob("*.bin")):
+            reason = "there are only pickled weights (.bin), which can run code when loaded"
+        else:
+            reason = "it is missing"
+        raise StartError(f"cannot use {file}: {reason}")
+
+
+def public_name(model_id: str, path: Path) -> str:
+    """The model's name for clients, without a path: a baked directory knows the hub id that it was made from."""
+    if not Path(model_id).expanduser().is_dir():
+        return model_id
+    origin = json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("_name_or_path")
+    return str(origin) if origin and not str(origin).startswith(("/", ".", "~")) else path.resolve().name
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

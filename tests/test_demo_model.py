@@ -1,0 +1,105 @@
+"""The embedded model paints what the prompt says, and can be made anew."""
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+from builder.demo_model import captions, evaluate, scenes, train
+from src.engine import SCHEDULERS, Engine
+from src.request import ImageRequest
+from src.weights import DEMO_MODEL
+
+
+def paint(engine: Engine, prompt: str, **job_input: object) -> np.ndarray:
+    request = ImageRequest.parse({"prompt": prompt, "seed": 1, "num_inference_steps": 20} | job_input, engine.limits)
+    return np.stack([np.asarray(picture.image) for picture in asyncio.run(engine.generate(request)).pictures])
+
+
+def test_it_is_small():
+    assert sum(path.stat().st_size for path in DEMO_MODEL.rglob("*") if path.is_file()) <= 16 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("prompt", "color", "background"),
+    [
+        ("a red circle on a blue background", "red", "blue"),
+        ("a yellow star on a purple background", "yellow", "purple"),
+        ("a white heart on a green background", "white", "green"),
+    ],
+)
+def test_it_paints_the_colors_it_is_asked_for(demo_engine: Engine, prompt: str, color: str, background: str):
+    pictures = paint(demo_engine, prompt, num_images=4)
+    found = Counter(evaluate.shape_colors(picture) for picture in pictures)
+    assert found[color, background] >= 3, found
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_paints_the_same_thing(demo_engine: Engine, scheduler: str):
+    (picture,) = paint(demo_engine, "a red circle on a blue background", scheduler=scheduler)
+    assert evaluate.shape_colors(picture) == ("red", "blue")
+
+
+def test_it_knows_how_people_ask(demo_engine: Engine):
+    day, dusk, midnight = (paint(demo_engine, f"the ocean {time}")[0] for time in ("at noon", "at dusk", "at midnight"))
+    assert day.mean() > midnight.mean() + 40
+    assert dusk[..., 0].mean() > dusk[..., 2].mean() > midnight[..., 2].mean()
+    skiing = paint(demo_engine, "A double-black diamond mountain to ski on near Seattle.")[0]
+    assert (skiing[96:].min(axis=-1) > 180).mean() > 0.9, "no snow in the foreground"
+
+
+@pytest.mark.parametrize("prompt", ["?", "🎿", "山", "x" * 2000, "an astronaut riding a horse on mars"])
+def test_it_behaves_on_any_prompt(demo_engine: Engine, prompt: str):
+    assert paint(demo_engine, prompt, num_inference_steps=5).shape == (1, 128, 128, 3)
+
+
+def test_scenes_are_drawn_again_alike_and_shapes_can_be_read():
+    for scene in scenes.SHAPE_SCENES[::7]:
+        picture = np.asarray(scenes.draw(scene, Random(1)))
+        assert np.array_equal(picture, np.asarray(scenes.draw(scene, Random(1))))
+        assert picture.shape == (128, 128, 3)
+        assert evaluate.shape_colors(picture) == (scene.color, scene.background)
+
+
+def test_training_never_sees_what_is_held_out_and_every_part_of_it():
+    seen = set(train.training_scenes(20_000))
+    assert not seen & scenes.HELD_OUT
+    for name, values in scenes.ATTRIBUTES.items():
+        assert {getattr(scene, name) for scene in seen} == set(values)
+
+
+def test_captions_say_what_the_scene_has():
+    rng = Random(1)
+    scene = scenes.Scene(shape="star", color="red", background="blue")
+    for _ in range(200):
+        text = captions.caption(scene, rng)
+        for name, words in (
+            ("star", captions.SHAPE_WORDS),
+            ("red", captions.COLOR_WORDS),
+            ("blue", captions.COLOR_WORDS),
+        ):
+            assert any(word in text for word in words[name]), text
+
+
+def test_training_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path: Path):
+    def trained(name: str, stop_at: int | None = None) -> torch.Tensor:
+        torch.manual_seed(0)
+        model, done = torch.nn.Linear(4, 1), 0
+
+        def loss_of(_: Random) -> torch.Tensor:
+            nonlocal done
+            if done == stop_at:
+                raise KeyboardInterrupt
+            done += 1
+            return model(torch.randn(8, 4)).square().mean()
+
+        train.fit(name, tmp_path, model, loss_of, steps=20, learning_rate=0.1, checkpoint_every=5)
+        return model.weight
+
+    with pytest.raises(KeyboardInterrupt):
+        trained("stopped", stop_at=8)
+    assert torch.equal(trained("stopped"), trained("whole"))

@@ -1,0 +1,125 @@
+"""The real program in a real process: the local run, the local server over HTTP, starts that fail."""
+
+import base64
+import io
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from PIL import Image
+
+HANDLER = Path(__file__).parents[1] / "handler.py"
+BASELINES_PROMPT = "A double-black diamond mountain to ski on near Seattle."
+
+
+def run_handler(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, HANDLER, *arguments],
+        cwd=folder,
+        env=os.environ | environment,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+
+
+def test_the_bare_command_paints_the_test_input(tmp_path: Path):
+    (tmp_path / "test_input.json").write_text((HANDLER.parent / "test_input.json").read_text())
+    ran = run_handler(tmp_path)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    path = Path(re.fullmatch(r"picture: (.+)", ran.stdout.splitlines()[-1])[1])
+    assert path == tmp_path / "picture.png"
+    picture = Image.open(path)
+    assert picture.size == (128, 128)
+    assert picture.text["parameters"].startswith(
+        f"{BASELINES_PROMPT}\nSteps: 50, Sampler: PNDM, CFG scale: 7.5, Seed: "
+    )
+    assert "model demo: embedded" in ran.stdout
+    assert "Traceback" not in ran.stderr
+
+
+def test_several_pictures_are_numbered_and_a_bad_job_fails(tmp_path: Path):
+    ran = run_handler(
+        tmp_path, "--test_input", '{"input": {"prompt": "sea", "num_images": 2, "num_inference_steps": 2}}'
+    )
+    assert ran.returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"picture-1.png", "picture-2.png"}
+    ran = run_handler(tmp_path, "--test_input", '{"input": {"promt": "sea"}}')
+    assert ran.returncode == 1
+    assert "invalid input: prompt: required; promt: unknown field, did you mean prompt?" in ran.stdout
+    assert "Traceback" not in ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"ATTENTION_SLICING": "fast"}, "ATTENTION_SLICING=fast: Input should be 'auto', 'max' or 'off'"),
+        ({"MODEL_ID": "/no/such/model"}, "MODEL_ID=/no/such/model: no such directory"),
+        ({"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:9/job-take/$ID?"}, "no CUDA device."),
+    ],
+)
+def test_a_worker_that_cannot_start_says_why_in_one_line(tmp_path: Path, environment: dict[str, str], said: str):
+    ran = run_handler(tmp_path, **environment)
+    assert ran.returncode == 1
+    (line,) = ran.stdout.splitlines()
+    assert line.startswith(f"ERROR  | the worker cannot start: {said}")
+    assert ran.stderr == ""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, HANDLER, "--rp_serve_api", "--rp_api_port", str(port), "--rp_api_host", "127.0.0.1"]
+    folder = tmp_path_factory.mktemp("server")
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                requests.get(f"{address}/docs", timeout=1)
+                break
+            except requests.ConnectionError:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(10)
+    assert list(folder.iterdir()) == []
+
+
+def post(address: str, **job_input: object) -> dict:
+    return requests.post(address, json={"input": job_input}, timeout=60).json()
+
+
+def test_run_and_status(server: str):
+    started = post(f"{server}/run", prompt="a red circle on a blue background", seed=1, num_inference_steps=10)
+    assert started["status"] == "IN_PROGRESS"
+    done = requests.post(f"{server}/status/{started['id']}", timeout=60).json()
+    assert done["status"] == "COMPLETED"
+    assert (done["output"]["seed"], done["output"]["model"]) == (1, "demo")
+    assert Image.open(io.BytesIO(base64.b64decode(done["output"]["image"]))).size == (128, 128)
+
+
+def test_runsync_is_reproducible_and_speaks_any_language(server: str):
+    prompt = '山 🎿 "quoted" \\ and\nnew lines'
+    first, second = (post(f"{server}/runsync", prompt=prompt, seed=2, num_inference_steps=3) for _ in "ab")
+    assert first["status"] == "COMPLETED"
+    assert first["output"] == second["output"]
+    assert Image.open(io.BytesIO(base64.b64decode(first["output"]["image"]))).text["parameters"].startswith(prompt)
+
+
+def test_a_bad_request_fails_in_words(server: str):
+    told = post(f"{server}/runsync", prompt="x", width=515)
+    assert told["status"] == "FAILED"
+    assert told["error"] == "invalid input: width: must be a multiple of 8, got 515"

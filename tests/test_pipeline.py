@@ -1,0 +1,190 @@
+"""Loading, from every place a model may lie in, and what stops the worker."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.models.attention_processor import SlicedAttnProcessor
+
+from src import pipeline, weights
+from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION, Settings, StartError
+from tests import hub
+
+REPO = "someone/tiny"
+
+
+@pytest.fixture
+def copy(repository: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(repository, tmp_path / "copy"))
+
+
+def sliced(model: pipeline.Model) -> bool:
+    return all(isinstance(processor, SlicedAttnProcessor) for processor in model.pipe.unet.attn_processors.values())
+
+
+def test_an_old_repository_loads_in_float32_with_attention_slicing_on_a_cpu(repository: Path):
+    model = pipeline.load(Settings(model_id=str(repository)))
+    parts = [model.pipe.unet, model.pipe.vae, model.pipe.text_encoder, model.pipe.safety_checker]
+    assert {part.dtype for part in parts} == {torch.float32}
+    assert {part.device.type for part in parts} == {"cpu"}
+    assert sliced(model)
+    assert model.native_size == 64
+    assert model.name == repository.name
+
+
+def test_attention_slicing_can_be_turned_off(repository: Path):
+    assert not sliced(pipeline.load(Settings(model_id=str(repository), attention_slicing="off")))
+    assert sliced(pipeline.load(Settings(model_id=str(repository), attention_slicing="max")))
+
+
+def test_the_safety_checker_can_be_turned_off(copy: Path):
+    shutil.rmtree(copy / "safety_checker")
+    assert pipeline.load(Settings(model_id=str(copy), safety_checker=False)).pipe.safety_checker is None
+
+
+def test_float16_and_the_device_are_asked_for_where_there_is_a_gpu(repository: Path, monkeypatch: pytest.MonkeyPatch):
+    real, asked = StableDiffusionPipeline.from_pretrained, []
+
+    def on_cpu_after_all(path: Path, **kwargs: object) -> StableDiffusionPipeline:
+        asked.append(kwargs | {"path": path})
+        return real(path, **kwargs | {"device_map": "cpu"})
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", on_cpu_after_all)
+    model = pipeline.load(Settings(model_id=str(repository)))
+    assert [(call["dtype"], call["device_map"], call["use_safetensors"]) for call in asked] == [
+        (torch.float16, "cuda", True)
+    ]
+    assert model.pipe.unet.dtype == torch.float16
+
+
+def test_the_default_model_is_v1_4_at_a_pinned_commit_on_a_gpu_and_the_embedded_one_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    asked = []
+
+    def nowhere(**kwargs: object) -> str:
+        asked.append((kwargs["repo_id"], kwargs["revision"]))
+        raise weights.LocalEntryNotFoundError("not here")
+
+    monkeypatch.setattr(weights, "snapshot_download", nowhere)
+    assert pipeline.load(Settings()).name == "demo"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(StartError):
+        pipeline.load(Settings())
+    assert set(asked) == {(DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION)}
+
+
+def test_on_runpod_without_a_gpu_only_the_embedded_model_starts_and_only_by_name(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RUNPOD_WEBHOOK_GET_JOB", "http://localhost/job-take/$ID")
+    for settings in (Settings(), Settings(model_id=DEFAULT_MODEL_ID)):
+        with pytest.raises(StartError, match=r"^no CUDA device.*CUDA \d+\.\d+.*MODEL_ID=demo"):
+            pipeline.load(settings)
+    assert pipeline.load(Settings(model_id="demo")).name == "demo"
+
+
+def remove(path: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / path).unlink()
+
+
+def truncate(path: str) -> Callable[[Path], None]:
+    def cut(folder: Path) -> None:
+        content = (folder / path).read_bytes()
+        (folder / path).write_bytes(content[: len(content) // 2])
+
+    return cut
+
+
+def another_kind(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (remove("model_index.json"), "not a diffusers pipeline: it has no model_index.json"),
+        (truncate("model_index.json"), "cannot read"),
+        (another_kind, "is a StableDiffusionXLPipeline, this worker runs a StableDiffusionPipeline"),
+        (remove("unet/diffusion_pytorch_model.safetensors"), "only pickled weights"),
+        (remove("safety_checker/model.safetensors"), "only pickled weights"),
+        (lambda folder: shutil.rmtree(folder / "vae"), "vae/diffusion_pytorch_model.safetensors: it is missing"),
+        (truncate("unet/diffusion_pytorch_model.safetensors"), "cannot load model"),
+        (truncate("text_encoder/model.safetensors"), "cannot load model"),
+        (truncate("vae/config.json"), "cannot load model"),
+        (remove("tokenizer/vocab.json"), "cannot load model"),
+        (remove("scheduler/scheduler_config.json"), "cannot load model"),
+    ],
+)
+def test_a_damaged_directory_is_refused_in_one_line(copy: Path, damage: Callable[[Path], None], said: str):
+    damage(copy)
+    with pytest.raises(StartError) as refused:
+        pipeline.load(Settings(model_id=str(copy)))
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model_id", "said"),
+    [
+        ("/no/such/directory", "no such directory"),
+        ("./nowhere", "no such directory"),
+        ("no hub id", "neither a directory nor a hub id"),
+        ("a/b/c", "neither a directory nor a hub id"),
+    ],
+)
+def test_a_model_that_cannot_be(model_id: str, said: str):
+    with pytest.raises(StartError, match=said):
+        weights.find(model_id, Settings())
+
+
+def find(environment: dict[str, str], *, runpod_cache: Path | None = None) -> str:
+    """Runs ``weights.find`` in a process of its own, since the hub's library reads its environment at import."""
+    code = (
+        "from pathlib import Path; from src import weights; from src.settings import Settings, StartError\n"
+        f"weights.RUNPOD_CACHE = Path({str(runpod_cache or '/nowhere')!r})\n"
+        f"try: print(weights.find({REPO!r}, Settings.from_environment())[1])\n"
+        "except StartError as error: print('refused:', error)"
+    )
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=os.environ | environment, text=True, capture_output=True, check=True).stdout
+
+
+def test_a_hub_id_is_downloaded_once_and_then_found_in_the_cache(repository: Path, tmp_path: Path):
+    with hub.serve(REPO, repository) as (address, fetched):
+        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}
+        assert find(environment | {"SAFETY_CHECKER": "false"}) == "downloaded\n"
+        assert "unet/diffusion_pytorch_model.safetensors" in fetched
+        assert not [name for name in fetched if name.endswith(".bin") or name.startswith("safety_checker")]
+        fetched.clear()
+        assert find(environment) == "downloaded\n"
+        assert {name.split("/")[0] for name in fetched} == {"safety_checker", "feature_extractor"}
+        fetched.clear()
+        assert find(environment) == "Hugging Face cache\n"
+        assert fetched == []
+    offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    assert find(offline) == "Hugging Face cache\n"
+    assert find(offline | {"HF_HOME": "/nowhere"}, runpod_cache=tmp_path / "hub") == "RunPod's cached models\n"
+    assert find(offline, runpod_cache=tmp_path / "hub") == "RunPod's cached models\n"
+
+
+def test_what_the_hub_refuses_is_told_in_one_line(repository: Path, tmp_path: Path):
+    home = {"HF_HOME": str(tmp_path)}
+    with hub.serve(REPO, repository) as (address, _):
+        assert find(home | {"HF_ENDPOINT": address, "MODEL_REVISION": "nope"}) == (
+            f"refused: {REPO} at revision nope: the hub has no such revision\n"
+        )
+    with hub.serve("someone/else", repository) as (address, _):
+        assert "the hub has no such model, or it is private" in find(home | {"HF_ENDPOINT": address})
+    with hub.serve(REPO, repository, gated=True) as (address, _):
+        said = find(home | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_secret"})
+        assert said == f"refused: {REPO} is gated: accept its licence on the hub and set HF_TOKEN\n"
+    assert "the hub cannot be reached" in find(home | {"HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert "HF_HUB_OFFLINE=1 forbids a download" in find(home | {"HF_HUB_OFFLINE": "1"})

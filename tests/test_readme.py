@@ -1,0 +1,63 @@
+"""The README's tables and commands say what the code does."""
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from src.engine import SCHEDULERS
+from src.output import Picture, job_output
+from src.request import MAX_SEED, ImageRequest, SchedulerName
+from src.settings import DEFAULT_MODEL_ID, Settings
+from tests.conftest import V1_4
+from tests.test_output import RED
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def table(header: str) -> dict[str, list[str]]:
+    """The rows of the table whose first column is ``header``: first cell to the others."""
+    (body,) = re.findall(rf"^\| {header} \|.*\n\|[-|]+\n((?:\|.*\n)+)", README, re.M)
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in body.splitlines()]
+    return {first.strip("`"): rest for first, *rest in rows}
+
+
+def test_the_request_table():
+    rows, schema = table("field \\| type"), ImageRequest.model_json_schema()
+    assert list(rows) == list(ImageRequest.model_fields)
+    request = ImageRequest.parse({"prompt": "x"}, V1_4)
+    for name, (kind, default, bounds) in rows.items():
+        field = schema["properties"][name]
+        assert kind == field["type"]
+        if default.startswith("`"):
+            assert default.strip("`").replace('""', "") == str(getattr(request, name))
+        if "maximum" in field and name not in ("width", "height"):
+            assert bounds == f"{field['minimum']} to {field['maximum']}"
+    assert rows["seed"][2].endswith(str(MAX_SEED))
+    assert re.findall(r"`(\w+)`", rows["scheduler"][2]) == list(get_args(SchedulerName)) == list(SCHEDULERS)
+    assert f"{V1_4.native_size}" in rows["width"][1] and f"64 to {V1_4.max_size}" in rows["width"][2]
+
+
+def test_the_response_table():
+    request = ImageRequest.parse({"prompt": "x"}, V1_4)
+    output = job_output(request, [Picture(RED, 1, None)], ["look out"], model_name="demo", max_result_bytes=10**7)
+    rows = table("field \\| what it holds")
+    assert set(rows) == set(output)
+
+
+def test_the_settings_table():
+    rows = table("variable")
+    assert list(rows) == [name.upper() for name in Settings.model_fields]
+    for name, field in Settings.model_fields.items():
+        default, meaning = rows[name.upper()]
+        if field.default is not None:
+            assert default == f"`{field.default}`".lower()
+        assert meaning.lower() in field.description.lower()
+    assert f"`{DEFAULT_MODEL_ID}`" in rows["MODEL_ID"][0]
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)|^\| `([\w.]+(?:/[\w./]*|\.py))` \|", README, re.M))
+def test_what_it_points_to_exists(path: tuple[str, str]):
+    assert (ROOT / (path[0] or path[1])).exists()

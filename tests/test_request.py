@@ -1,0 +1,202 @@
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.request import MAX_SEED, ImageRequest, JobError, ModelLimits
+from tests.conftest import V1_4
+
+DEMO = ModelLimits(native_size=128, max_size=256, scheduler="PNDM")
+
+
+def parse(limits: ModelLimits = V1_4, **job_input: object) -> ImageRequest:
+    return ImageRequest.parse({"prompt": "a cat"} | job_input, limits)
+
+
+def refusal(job_input: object, limits: ModelLimits = V1_4) -> str:
+    with pytest.raises(JobError) as refused:
+        ImageRequest.parse(job_input, limits)
+    said = str(refused.value)
+    assert said.startswith("invalid input: ")
+    assert not refused.value.refresh_worker
+    return said.removeprefix("invalid input: ")
+
+
+def test_the_baselines_body_gets_the_models_defaults():
+    request = ImageRequest.parse({"prompt": "a cat"}, V1_4)
+    assert request.model_dump(exclude={"seed"}) == {
+        "prompt": "a cat",
+        "negative_prompt": "",
+        "width": 512,
+        "height": 512,
+        "num_inference_steps": 50,
+        "guidance_scale": 7.5,
+        "num_images": 1,
+        "scheduler": "PNDM",
+    }
+    assert 0 <= request.seed < 2**32
+    assert parse(DEMO).width == parse(DEMO).height == 128
+
+
+def test_null_means_the_default():
+    names = set(ImageRequest.model_fields) - {"prompt", "seed"}
+    assert parse(**dict.fromkeys(names), seed=1) == parse(seed=1)
+    assert refusal({"prompt": None}) == "prompt: required"
+
+
+def test_seeds_are_drawn_anew_and_count_up():
+    assert parse().seed != parse().seed
+    assert parse(seed=7, num_images=3).seeds == [7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("field", "inside", "outside"),
+    [
+        ("prompt", ["x", "x" * 2000, "  " + "x" * 2000 + "\n"], ["", " \n\t ", "x" * 2001, "x" * 100_000]),
+        ("negative_prompt", ["", "x" * 2000], ["x" * 2001]),
+        ("width", [64, 72, 1024, 512.0], [0, 56, 63, 65, 1023, 1032, 512.5, -64]),
+        ("height", [64, 72, 1024, 512.0], [0, 56, 63, 65, 1023, 1032, 512.5, -64]),
+        ("num_inference_steps", [1, 150, 20.0], [0, 151, -1, 1.5]),
+        ("guidance_scale", [0, 30, 7.25, 7], [-0.001, 30.001, -1, 31]),
+        ("seed", [0, MAX_SEED, 5.0], [-1, MAX_SEED + 1, 0.5]),
+        ("num_images", [1, 4], [0, 5]),
+        (
+            "scheduler",
+            [
+                "PNDM",
+                "DDIM",
+                "KLMS",
+                "K_EULER",
+                "K_EULER_ANCESTRAL",
+                "DPMSolverMultistep",
+                "DPMSolverSinglestep",
+                "UniPCMultistep",
+            ],
+            ["pndm", "", "EULER"],
+        ),
+    ],
+)
+def test_bounds(field: str, inside: list, outside: list):
+    for value in inside:
+        accepted = getattr(parse(**{field: value}), field)
+        assert accepted == (value.strip() if isinstance(value, str) else value)
+        assert type(accepted) is not float or field == "guidance_scale"
+    for value in outside:
+        assert refusal({"prompt": "a cat", field: value}).startswith(f"{field}: must ")
+
+
+def test_the_embedded_model_paints_smaller_pictures():
+    assert parse(DEMO, width=256).width == 256
+    assert refusal({"prompt": "x", "width": 264}, DEMO) == "width: must be at most 256, got 264"
+
+
+NOTHING_TAKES = [True, False, [], ["x"], {}, {"a": 1}, math.nan, math.inf, -math.inf]
+TEXTS = ("prompt", "negative_prompt", "scheduler")
+
+
+@pytest.mark.parametrize("field", list(ImageRequest.model_fields))
+def test_wrong_types(field: str):
+    for value in [*NOTHING_TAKES, 512 if field in TEXTS else "512"]:
+        assert refusal({"prompt": "a cat", field: value}).startswith(f"{field}: must be ")
+
+
+@pytest.mark.parametrize("job_input", [None, [], ["x"], "a cat", 5, True])
+def test_input_that_is_no_object(job_input: object):
+    assert refusal(job_input).startswith('must be an object such as {"prompt": "..."}, got ')
+
+
+def test_all_faults_are_told_together():
+    assert refusal({"promt": "a cat", "width": 515, "height": 10_000}) == (
+        "prompt: required; width: must be a multiple of 8, got 515; height: must be at most 1024, got 10000; "
+        "promt: unknown field, did you mean prompt?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("steps", "num_inference_steps"),
+        ("Width", "width"),
+        ("negative", "negative_prompt"),
+        ("cfg_scale", "guidance_scale"),
+    ],
+)
+def test_the_nearest_name_is_suggested(name: str, meant: str):
+    assert refusal({"prompt": "x", name: 1}) == f"{name}: unknown field, did you mean {meant}?"
+
+
+def test_a_name_like_no_other_gets_no_suggestion():
+    assert refusal({"prompt": "x", "zzz": 1}) == "zzz: unknown field"
+
+
+def test_a_flood_of_faults_is_cut():
+    said = refusal({f"zz{i}" * 1000: 1 for i in range(5000)} | {"prompt": "x"})
+    assert said.endswith("; and 4980 more")
+    assert len(said) < 2000
+
+
+@pytest.mark.parametrize(
+    "text", ["\ud800", "cat \udfff", "bell\x07", "nul\x00", "esc\x1b[0m", "del\x7f", "c1\x85", "cr\r"]
+)
+def test_unprintable_text_is_refused(text: str):
+    for field in ("prompt", "negative_prompt"):
+        assert refusal({"prompt": "x", field: text}).startswith(f"{field}: must ")
+
+
+@pytest.mark.parametrize(
+    "text", ["emoji 🎿🏔️", "中文山", "two\nlines\tand a tab", 'quotes " and \\ backslash', "العربية"]
+)
+def test_any_printable_text_is_kept(text: str):
+    assert parse(prompt=text, negative_prompt=text).prompt == text
+
+
+def test_the_last_images_seed_can_be_sent_again():
+    assert parse(seed=MAX_SEED - 3, num_images=4).seeds[-1] == MAX_SEED
+    assert refusal({"prompt": "x", "seed": MAX_SEED, "num_images": 2}) == (
+        f"seed: must be at most {MAX_SEED - 1} for 2 images, got {MAX_SEED}"
+    )
+
+
+def test_a_refusal_never_repeats_the_prompt():
+    assert "secret" not in refusal({"prompt": ["secret"], "negative_prompt": {"secret": "secret"}})
+    assert "secret" not in refusal({"prompt": "secret\x00"})
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters()), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(JSON | st.dictionaries(st.sampled_from([*ImageRequest.model_fields, "extra"]), JSON))
+def test_whatever_is_sent_is_either_taken_whole_or_refused_in_words(job_input: object):
+    try:
+        request = ImageRequest.parse(job_input, V1_4)
+    except JobError as error:
+        assert str(error).startswith("invalid input: ")
+        json.dumps(str(error)).encode()
+        str(error).encode()
+    else:
+        assert ImageRequest.parse(json.loads(request.model_dump_json()), V1_4) == request
+
+
+@given(
+    st.fixed_dictionaries(
+        {"prompt": st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=50).filter(str.strip)},
+        optional={
+            "width": st.integers(8, 128).map(lambda n: n * 8),
+            "height": st.integers(8, 128).map(lambda n: n * 8),
+            "num_inference_steps": st.integers(1, 150),
+            "guidance_scale": st.floats(0, 30) | st.integers(0, 30),
+            "seed": st.integers(0, MAX_SEED - 3),
+            "num_images": st.integers(1, 4),
+        },
+    )
+)
+def test_every_input_within_bounds_is_taken_as_it_is(job_input: dict):
+    request = ImageRequest.parse(json.loads(json.dumps(job_input)), V1_4)
+    for name, value in job_input.items():
+        assert getattr(request, name) == (value.strip() if name == "prompt" else value)

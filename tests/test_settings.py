@@ -1,0 +1,60 @@
+import pytest
+
+from src.settings import Settings, StartError
+
+
+def refusal(**environment: str) -> str:
+    with pytest.raises(StartError) as refused:
+        Settings.from_environment(environment)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_nothing_set_gives_the_defaults():
+    assert Settings.from_environment({}) == Settings()
+    assert Settings.from_environment({"MODEL_ID": "", "HF_TOKEN": " "}) == Settings()
+
+
+def test_every_variable_is_read():
+    settings = Settings.from_environment(
+        {
+            "MODEL_ID": " demo ",
+            "MODEL_REVISION": "main",
+            "HF_TOKEN": "hf_secret",
+            "ATTENTION_SLICING": "off",
+            "SAFETY_CHECKER": "false",
+            "MAX_RESULT_BYTES": "20000000",
+        }
+    )
+    assert settings.model_dump() | {"hf_token": "hf_secret"} == {
+        "model_id": "demo",
+        "model_revision": "main",
+        "hf_token": "hf_secret",
+        "attention_slicing": "off",
+        "safety_checker": False,
+        "max_result_bytes": 20_000_000,
+    }
+    assert settings.hf_token is not None and settings.hf_token.get_secret_value() == "hf_secret"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("ATTENTION_SLICING", "fast", "'auto', 'max' or 'off'"),
+        ("SAFETY_CHECKER", "perhaps", "boolean"),
+        ("MAX_RESULT_BYTES", "10MB", "integer"),
+        ("MAX_RESULT_BYTES", "-1", "greater than or equal to 1000"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed(name: str, value: str, allowed: str):
+    said = refusal(**{name: value})
+    assert said.startswith(f"{name}={value}: ")
+    assert allowed in said
+
+
+def test_all_bad_values_are_told_together_and_the_token_never():
+    said = refusal(HF_TOKEN="hf_secret", ATTENTION_SLICING="x", SAFETY_CHECKER="maybe")
+    assert "ATTENTION_SLICING=x" in said
+    assert "SAFETY_CHECKER=maybe" in said
+    assert "hf_secret" not in said
+    assert "hf_secret" not in repr(Settings.from_environment({"HF_TOKEN": "hf_secret"}))

@@ -1,0 +1,101 @@
+import asyncio
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from src import pipeline
+from src.engine import Engine
+from src.settings import Settings
+from src.worker import make_handler
+
+
+def run(engine: Engine, job: dict[str, Any], settings: Settings | None = None) -> dict[str, Any]:
+    return asyncio.run(make_handler(engine, settings or Settings())(job))
+
+
+def job(**job_input: object) -> dict[str, Any]:
+    return {"id": "job-1", "input": {"prompt": "a secret cat", "num_inference_steps": 2, "seed": 1} | job_input}
+
+
+def test_a_job_in_and_its_output_out(v1_4_engine: Engine, capsys: pytest.CaptureFixture):
+    output = run(v1_4_engine, job())
+    image = Image.open(io.BytesIO(base64.b64decode(output.pop("image"))))
+    assert image.size == (64, 64)
+    assert output == {
+        "seed": 1,
+        "width": 64,
+        "height": 64,
+        "num_inference_steps": 2,
+        "guidance_scale": 7.5,
+        "scheduler": "PNDM",
+        "model": v1_4_engine.model_name,
+        "nsfw_content_detected": False,
+    }
+    log = capsys.readouterr().out
+    assert "job-1 | painted 1 of 64 x 64 in 2 steps: " in log
+    assert "secret" not in log
+
+
+def test_two_jobs_load_the_pipeline_once(repository: Path, monkeypatch: pytest.MonkeyPatch):
+    real, loads = StableDiffusionPipeline.from_pretrained, []
+
+    def counted(*args: object, **kwargs: object) -> StableDiffusionPipeline:
+        loads.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", counted)
+    engine = Engine(pipeline.load(Settings(model_id=str(repository))))
+    engine.warm_up()
+    assert "image" in run(engine, job()) and "image" in run(engine, job())
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize("bad", [{"id": "job-1"}, {"id": "job-1", "input": None}, {"id": "job-1", "input": ["secret"]}])
+def test_bad_input_is_answered_in_words(v1_4_engine: Engine, capsys: pytest.CaptureFixture, bad: dict):
+    assert run(v1_4_engine, bad)["error"].startswith("invalid input: must be an object")
+    assert run(v1_4_engine, job(width=65, prompt="secret\x00")) == {
+        "error": "invalid input: prompt: must not hold control characters other than newline and tab; "
+        "width: must be a multiple of 8, got 65"
+    }
+    log = capsys.readouterr().out
+    assert "job-1 | failed: invalid input" in log
+    assert "secret" not in log
+
+
+def test_an_unforeseen_error_is_told_to_the_log_alone(
+    v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("at /root/secret/path on host worker-7")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(v1_4_engine._pipe.vae, "decode", fail)
+        assert run(v1_4_engine, job()) == {"error": "internal error, see the worker's log for job job-1"}
+    log = capsys.readouterr().out
+    assert "job-1 | Traceback" in log
+    assert "RuntimeError: at /root/secret/path on host worker-7" in log
+    assert "image" in run(v1_4_engine, job())
+
+
+def test_a_device_fault_reaches_the_platform_as_refresh_worker(v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(v1_4_engine._pipe.unet, "forward", fail)
+    assert run(v1_4_engine, job()) == {
+        "error": "the GPU failed and this worker is being replaced: send the job again",
+        "refresh_worker": True,
+    }
+
+
+def test_a_result_over_the_limit_is_an_error(v1_4_engine: Engine):
+    told = run(v1_4_engine, job(num_images=4), Settings(max_result_bytes=10_000))
+    assert set(told) == {"error"}
+    assert told["error"].endswith("the limit is 0.0 MB: ask for fewer or smaller images")

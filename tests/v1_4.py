@@ -1,0 +1,119 @@
+"""A Stable Diffusion v1-4 repository of 2022 in small: its layout, its components and its age, with random weights."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel
+
+NATIVE_SIZE = 64
+
+
+def _byte_alphabet() -> list[str]:
+    from tokenizers import pre_tokenizers
+
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def make_repository(folder: Path) -> Path:
+    """Writes the repository into ``folder`` (made where missing) and returns it."""
+    torch.manual_seed(0)
+    alphabet = _byte_alphabet()
+    words = [*alphabet, *(byte + "</w>" for byte in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    text_config = {
+        "vocab_size": len(words),
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 77,
+        "bos_token_id": len(words) - 2,
+        "eos_token_id": len(words) - 1,
+        "pad_token_id": 1,
+    }
+    unet = UNet2DConditionModel(
+        sample_size=NATIVE_SIZE // 8,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=NATIVE_SIZE,
+    )
+    vision_config = {
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "image_size": 224,
+        "patch_size": 32,
+    }
+    safety_checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision_config, projection_dim=32))
+    # thresholds that nothing reaches: cosines end at 1
+    safety_checker.concept_embeds_weights.data.fill_(2.0)
+    safety_checker.special_care_embeds_weights.data.fill_(2.0)
+    models = {
+        "text_encoder": (CLIPTextModel(CLIPTextConfig(**text_config)), "pytorch_model.bin"),
+        "unet": (unet, "diffusion_pytorch_model.bin"),
+        "vae": (vae, "diffusion_pytorch_model.bin"),
+        "safety_checker": (safety_checker, "pytorch_model.bin"),
+    }
+    for name, (model, pickled) in models.items():
+        model.save_pretrained(folder / name, safe_serialization=True)
+        torch.save(model.state_dict(), folder / name / pickled)
+    PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    ).save_pretrained(folder / "scheduler")
+
+    def write(path: str, content: object) -> None:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(json.dumps(content, ensure_ascii=False))
+
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    write("tokenizer/vocab.json", {word: i for i, word in enumerate(words)})
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    write("tokenizer/special_tokens_map.json", special | {"unk_token": "<|endoftext|>"})
+    write(
+        "tokenizer/tokenizer_config.json",
+        special | {"add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": 77},
+    )
+    write(
+        "feature_extractor/preprocessor_config.json",
+        {
+            "crop_size": 224,
+            "do_center_crop": True,
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_resize": True,
+            "feature_extractor_type": "CLIPFeatureExtractor",
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "resample": 3,
+            "size": 224,
+        },
+    )
+    write(
+        "model_index.json",
+        {
+            "_class_name": "StableDiffusionPipeline",
+            "_diffusers_version": "0.2.2",
+            "feature_extractor": ["transformers", "CLIPFeatureExtractor"],
+            "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+            "scheduler": ["diffusers", "PNDMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
+    return folder
