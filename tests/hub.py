@@ -39,9 +39,8 @@ def serve(repo_id: str, folder: Path, *, gated: bool = False) -> Iterator[tuple[
 
         def do_GET(self) -> None:
             path = self.path.split("?")[0]
-            _, api, revision = path.rpartition("/revision/")[0], f"/api/models/{repo_id}", path.rpartition("/")[2]
-            if path.startswith(api):
-                if revision not in ("main", REVISION):
+            if path.startswith(f"/api/models/{repo_id}"):
+                if path.rpartition("/")[2] not in ("main", REVISION):
                     return self.refuse(404, "RevisionNotFound")
                 if "/tree/" in path:
                     sizes = {name: (folder / name).stat().st_size for name in files}

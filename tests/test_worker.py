@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
@@ -83,8 +84,6 @@ def test_an_unforeseen_error_is_told_to_the_log_alone(
 
 
 def test_a_device_fault_reaches_the_platform_as_refresh_worker(v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch):
-    import torch
-
     def fail(*_: object, **__: object) -> None:
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 

@@ -6,21 +6,16 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from tokenizers import pre_tokenizers
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel
 
 NATIVE_SIZE = 64
 
 
-def _byte_alphabet() -> list[str]:
-    from tokenizers import pre_tokenizers
-
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
 def make_repository(folder: Path) -> Path:
     """Writes the repository into ``folder`` (made where missing) and returns it."""
     torch.manual_seed(0)
-    alphabet = _byte_alphabet()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*alphabet, *(byte + "</w>" for byte in alphabet), "<|startoftext|>", "<|endoftext|>"]
     text_config = {
         "vocab_size": len(words),

@@ -21,7 +21,9 @@ from torch.nn import functional as F
 
 from builder.demo_model.captions import caption
 from builder.demo_model.scenes import ATTRIBUTES, COLORS, HELD_OUT, LANDSCAPE_SCENES, SHAPE_SCENES, SIZE, Scene, draw
+from builder.demo_model.train import as_tensor
 
+CPU = torch.device("cpu")
 TARGETS = {"color": 0.95, "background": 0.95, "shape": 0.85, "time": 0.95, "terrain": 0.90}
 JUDGED = ("shape", "terrain", "time")
 """What the classifier tells."""
@@ -70,7 +72,7 @@ class Judge(nn.Module):
 
     def forward(self, pictures: np.ndarray) -> dict[str, Tensor]:
         """Logits of every attribute for uint8 pictures of (n, 128, 128, 3)."""
-        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = as_tensor(pictures, CPU)
         features = self.trunk(F.avg_pool2d(x, 2))
         return {name: head(features) for name, head in self.heads.items()}
 
@@ -127,7 +129,7 @@ def score(scenes: list[Scene], pictures: np.ndarray, judge: Judge) -> dict[str, 
 
 def psnr(pipe: StableDiffusionPipeline, pictures: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of the autoencoder alone, the mean over ``pictures``."""
-    target = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    target = as_tensor(pictures, CPU)
     ratios = []
     for batch in target.split(16):
         with torch.no_grad():

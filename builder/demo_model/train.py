@@ -47,13 +47,15 @@ SNR_GAMMA = 5.0
 PROMPT_DROP = 0.1
 """Share of pictures whose prompt is dropped, for classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598)."""
 
+TRAINING_KINDS = [[scene for scene in kind if scene not in HELD_OUT] for kind in (SHAPE_SCENES, LANDSCAPE_SCENES)]
+"""The shapes and the landscapes that training may see."""
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def training_scenes(count: int) -> list[Scene]:
     """Shapes and landscapes in equal numbers, none of a held-out combination."""
-    kinds = [[scene for scene in kind if scene not in HELD_OUT] for kind in (SHAPE_SCENES, LANDSCAPE_SCENES)]
-    return [Random(i).choice(kinds[i % 2]) for i in range(count)]
+    return [Random(i).choice(TRAINING_KINDS[i % 2]) for i in range(count)]
 
 
 def training_pictures(scenes: list[Scene], build: Path) -> np.ndarray:
@@ -66,9 +68,9 @@ def training_pictures(scenes: list[Scene], build: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-def as_tensor(pictures: np.ndarray) -> Tensor:
+def as_tensor(pictures: np.ndarray, device: torch.device = DEVICE) -> Tensor:
     """uint8 (n, h, w, 3) to float32 (n, 3, h, w) in -1 to 1."""
-    return torch.from_numpy(np.array(pictures)).to(DEVICE).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def fit(
@@ -184,10 +186,9 @@ class Reader(nn.Module):
 
 def train_text_encoder(tokenizer: CLIPTokenizer, build: Path) -> CLIPTextModel:
     reader = Reader(tokenizer).to(DEVICE)
-    kinds = [[scene for scene in kind if scene not in HELD_OUT] for kind in (SHAPE_SCENES, LANDSCAPE_SCENES)]
 
     def loss_of(rng: Random) -> Tensor:
-        scenes = [rng.choice(kinds[i % 2]) for i in range(TEXT_BATCH)]
+        scenes = [rng.choice(TRAINING_KINDS[i % 2]) for i in range(TEXT_BATCH)]
         prompts = [caption(scene, rng) for scene in scenes]
         for i in range(0, TEXT_BATCH, 20):
             scenes[i], prompts[i] = Scene(), nonsense(rng)
