@@ -8,8 +8,9 @@ import base64
 import os
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # both are read at import: the SDK's default, DEBUG, logs prompts and pictures, and transformers names what it misses
 os.environ.setdefault("RUNPOD_LOG_LEVEL", os.environ.get("RUNPOD_DEBUG_LEVEL", "INFO"))
@@ -21,7 +22,9 @@ from src import pipeline
 from src.engine import Engine
 from src.request import JobError
 from src.settings import Settings, StartError, on_runpod
-from src.worker import Handler, make_handler
+from src.worker import Worker
+
+Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 log = runpod.RunPodLogger()
 
@@ -41,22 +44,35 @@ def keep_pictures(handle: Handler, kept: list[Path]) -> Handler:
     return handle_and_keep
 
 
+def refuse_to_start(error: Exception) -> NoReturn:
+    """Says why and exits with code 1. On the platform the SDK does it, and tells the host that the worker is unfit."""
+    log.error(f"the worker cannot start: {error}")
+    if on_runpod():
+
+        @runpod.serverless.register_fitness_check
+        def the_worker_can_start() -> None:
+            raise error
+
+        runpod.serverless.start({"handler": None})
+    sys.exit(1)
+
+
 def main() -> None:
     try:
         settings = Settings.from_environment()
-        engine = Engine(pipeline.load(settings))
+        engine = Engine(pipeline.load(settings), settings.max_batch_images)
         started = time.monotonic()
         engine.warm_up()
         log.info(f"warm-up: {time.monotonic() - started:.1f} s")
     except (StartError, JobError) as error:
-        log.error(f"the worker cannot start: {error}")
-        sys.exit(1)
+        refuse_to_start(error)
 
-    handle, kept = make_handler(engine, settings), list[Path]()
+    worker = Worker(engine, settings)
+    handle, kept = worker.handle, list[Path]()
     if not on_runpod() and "--rp_serve_api" not in sys.argv:
         handle = keep_pictures(handle, kept)
     try:
-        runpod.serverless.start({"handler": handle})
+        runpod.serverless.start({"handler": handle, "concurrency_modifier": worker.concurrency})
     finally:
         for path in kept:
             print(f"picture: {path}")

@@ -35,6 +35,10 @@ class Settings(BaseModel):
         "auto", description="`auto`, `max` or `off`: attention in slices, which needs less memory"
     )
     safety_checker: bool = Field(True, description="`true` or `false`: the model's safety checker")
+    max_concurrency: int = Field(
+        2, ge=1, le=100, description="Jobs the worker holds at once: one on the device, the rest ready"
+    )
+    max_batch_images: int = Field(4, ge=1, le=64, description="Images in one shared call")
     max_result_bytes: int = Field(
         10_000_000, ge=1_000, description="Largest result in bytes; the default is the platform's limit for `/run`"
     )

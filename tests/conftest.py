@@ -11,6 +11,7 @@ import torch
 
 from src import pipeline
 from src.engine import Engine
+from src.pipeline import Model
 from src.request import ModelLimits
 from src.settings import Settings
 from tests.v1_4 import make_repository
@@ -28,13 +29,34 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def v1_4_engine(repository: Path) -> Engine:
-    return Engine(pipeline.load(Settings(model_id=str(repository))))
+def loaded(repository: Path) -> dict[str, Model]:
+    return {name: pipeline.load(Settings(model_id=name)) for name in (str(repository), "demo")}
 
 
-@pytest.fixture(scope="session")
-def demo_engine() -> Engine:
-    return Engine(pipeline.load(Settings(model_id="demo")))
+@pytest.fixture
+def v1_4_model(loaded: dict[str, Model], repository: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    return with_its_own_scheduler(loaded[str(repository)], monkeypatch)
+
+
+@pytest.fixture
+def demo_model(loaded: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> Model:
+    return with_its_own_scheduler(loaded["demo"], monkeypatch)
+
+
+def with_its_own_scheduler(model: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """``model``, whose scheduler is what it was, after the test: an engine gives it others."""
+    monkeypatch.setattr(model.pipe, "scheduler", model.pipe.scheduler)
+    return model
+
+
+@pytest.fixture
+def v1_4_engine(v1_4_model: Model) -> Engine:
+    return Engine(v1_4_model, max_batch_images=4)
+
+
+@pytest.fixture
+def demo_engine(demo_model: Model) -> Engine:
+    return Engine(demo_model, max_batch_images=4)
 
 
 @pytest.fixture(autouse=True)

@@ -62,7 +62,6 @@ def test_several_pictures_are_numbered_and_a_bad_job_fails(tmp_path: Path):
     [
         ({"ATTENTION_SLICING": "fast"}, "ATTENTION_SLICING=fast: Input should be 'auto', 'max' or 'off'"),
         ({"MODEL_ID": "/no/such/model"}, "MODEL_ID=/no/such/model: no such directory"),
-        ({"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:9/job-take/$ID?"}, "no CUDA device."),
     ],
 )
 def test_a_worker_that_cannot_start_says_why_in_one_line(tmp_path: Path, environment: dict[str, str], said: str):

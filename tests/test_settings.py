@@ -23,6 +23,8 @@ def test_every_variable_is_read():
             "HF_TOKEN": "hf_secret",
             "ATTENTION_SLICING": "off",
             "SAFETY_CHECKER": "false",
+            "MAX_CONCURRENCY": "3",
+            "MAX_BATCH_IMAGES": "8",
             "MAX_RESULT_BYTES": "20000000",
         }
     )
@@ -32,6 +34,8 @@ def test_every_variable_is_read():
         "hf_token": "hf_secret",
         "attention_slicing": "off",
         "safety_checker": False,
+        "max_concurrency": 3,
+        "max_batch_images": 8,
         "max_result_bytes": 20_000_000,
     }
     assert settings.hf_token is not None and settings.hf_token.get_secret_value() == "hf_secret"
@@ -42,6 +46,8 @@ def test_every_variable_is_read():
     [
         ("ATTENTION_SLICING", "fast", "'auto', 'max' or 'off'"),
         ("SAFETY_CHECKER", "perhaps", "boolean"),
+        ("MAX_CONCURRENCY", "0", "greater than or equal to 1"),
+        ("MAX_BATCH_IMAGES", "1000", "less than or equal to 64"),
         ("MAX_RESULT_BYTES", "10MB", "integer"),
         ("MAX_RESULT_BYTES", "-1", "greater than or equal to 1000"),
     ],

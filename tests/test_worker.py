@@ -12,11 +12,11 @@ from PIL import Image
 from src import pipeline
 from src.engine import Engine
 from src.settings import Settings
-from src.worker import make_handler
+from src.worker import Worker
 
 
 def run(engine: Engine, job: dict[str, Any], settings: Settings | None = None) -> dict[str, Any]:
-    return asyncio.run(make_handler(engine, settings or Settings())(job))
+    return asyncio.run(Worker(engine, settings or Settings()).handle(job))
 
 
 def job(**job_input: object) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def test_two_jobs_load_the_pipeline_once(repository: Path, monkeypatch: pytest.M
         return real(*args, **kwargs)
 
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", counted)
-    engine = Engine(pipeline.load(Settings(model_id=str(repository))))
+    engine = Engine(pipeline.load(Settings(model_id=str(repository))), max_batch_images=4)
     engine.warm_up()
     assert "image" in run(engine, job()) and "image" in run(engine, job())
     assert len(loads) == 1

@@ -1,0 +1,124 @@
+"""Many clients at once: ``python -m tests.bench.load``.
+
+Small requests from concurrent clients go through a stand-in of the platform to one worker: most ask for a picture of
+a colour, some are bad, some are cancelled, some are delivered twice by the platform. Every one must reach exactly one
+right final state. Printed are jobs per second, latencies, and the worker's memory after the first jobs and at the end.
+"""
+
+import argparse
+import itertools
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+
+from builder.demo_model.evaluate import shape_colors
+from tests.client import Client, picture, results, until
+from tests.platform_stub import Fault, Platform, serving
+
+COLORS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "black"]
+STEPS = 12
+SEED = 1
+DELIVERED_TWICE = 0.05
+"""Share of the requests for jobs that the platform answers with jobs that it will hand out again."""
+
+
+@dataclass
+class Report:
+    """What became of the jobs: what was wrong with any, seconds per job, and the worker's memory in bytes."""
+
+    wrong: list[str]
+    states: Counter[str]
+    seconds: float
+    latencies: list[float]
+    memory_early: int
+    memory_end: int
+
+
+def job_input(color: str) -> dict[str, object]:
+    return {"prompt": f"a {color} square on a white background", "seed": SEED, "num_inference_steps": STEPS}
+
+
+def memory(pid: int) -> int:
+    """Resident memory of a process in bytes."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def load(platform: Platform, jobs: int, clients: int) -> Report:
+    """Sends ``jobs`` jobs from ``clients`` clients to the platform's first worker."""
+    pid = platform.workers["worker-1"].process.pid
+    done, wrong = itertools.count(1), list[str]()
+    memories: list[int] = []
+    latencies: list[float] = []
+
+    def check(kind: str, color: str, told: dict) -> None:
+        job, state = told["id"], told["status"]
+        sent = results(platform, job)
+        if any(result != sent[0] for result in sent):
+            wrong.append(f"{kind} {job}: results that differ")
+        if state == "COMPLETED" and kind != "bad":
+            seen = shape_colors(np.asarray(picture(told["output"])))
+            if seen != (color, "white"):
+                wrong.append(f"{kind} {job}: asked for {color} on white, got {' on '.join(seen)}")
+        elif not (kind == "bad" and told.get("error", "").startswith("invalid input: ")) and not (
+            kind == "cancelled" and state == "CANCELLED"
+        ):
+            wrong.append(f"{kind} {job}: {state} {told.get('error')}")
+
+    def send(i: int) -> None:
+        client, rng = Client(platform), Random(i)
+        color = COLORS[i % len(COLORS)]
+        kind = "bad" if rng.random() < 0.1 else "cancelled" if rng.random() < 0.1 else "good"
+        asked = job_input(color) | ({"width": 99} if kind == "bad" else {})
+        if rng.random() < DELIVERED_TWICE:
+            platform.faults.append(Fault("job-take", twice=True))
+        started = time.monotonic()
+        if kind == "cancelled":
+            job = client.run(**asked)
+            time.sleep(rng.random())
+            client.post(f"cancel/{job}")
+            told = client.finished(job)
+        else:
+            told = client.post("runsync", {"input": asked})
+            latencies.append(time.monotonic() - started)
+        check(kind, color, told)
+        if next(done) == jobs // 10:
+            memories.append(memory(pid))
+
+    for color in COLORS:
+        check("alone", color, Client(platform).post("runsync", {"input": job_input(color)}))
+    before = set(platform.jobs)
+    started = time.monotonic()
+    with ThreadPoolExecutor(clients) as pool:
+        for sending in [pool.submit(send, i) for i in range(jobs)]:
+            sending.result()
+    seconds = time.monotonic() - started
+    until(lambda: not platform.busy())
+    states = Counter(job.status for name, job in platform.jobs.items() if name not in before)
+    return Report(wrong, states, seconds, latencies, memories[0], memory(pid))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Load one worker with jobs.")
+    parser.add_argument("--jobs", type=int, default=500)
+    parser.add_argument("--clients", type=int, default=50)
+    arguments = parser.parse_args()
+    with serving() as platform:
+        platform.start_worker(MAX_CONCURRENCY="8", MAX_BATCH_IMAGES="8")
+        report = load(platform, arguments.jobs, arguments.clients)
+    p50, p95 = np.percentile(report.latencies, [50, 95])
+    print(f"{arguments.jobs} jobs from {arguments.clients} clients: {dict(report.states)}, wrong: {len(report.wrong)}")
+    for fault in report.wrong:
+        print(f"  {fault}")
+    print(f"{arguments.jobs / report.seconds:.1f} jobs per second; latency p50 {p50:.1f} s, p95 {p95:.1f} s")
+    early, end = report.memory_early, report.memory_end
+    print(f"resident memory {early / 2**20:.0f} MiB early, {end / 2**20:.0f} MiB at the end: {end / early - 1:+.1%}")
+
+
+if __name__ == "__main__":
+    main()

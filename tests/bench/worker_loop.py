@@ -1,0 +1,95 @@
+"""What the way through the SDK's loop costs: ``python -m tests.bench.worker_loop``.
+
+Jobs of a fixed duration, which nothing can share, go through the real loop against a stand-in of the platform: once
+with this worker, once with a plain synchronous handler around the same engine. Printed is the time from the first job's
+arrival to the last result, as a ratio of the pure work. A last column holds the target.
+"""
+
+import argparse
+import sys
+import time
+
+import runpod
+from PIL import Image
+
+from src import pipeline
+from src.engine import Engine, Progress
+from src.output import Picture, job_output
+from src.request import ImageRequest
+from src.settings import Settings
+from src.worker import Worker
+from tests.client import Client, until
+from tests.platform_stub import FINAL, serving
+
+RUNS = [
+    # jobs, seconds each, MAX_CONCURRENCY, target
+    (6, 2.0, None, 1.05),
+    (12, 0.5, 3, 1.15),
+]
+
+
+class FixedEngine(Engine):
+    """An engine whose every call of the pipeline takes ``seconds``."""
+
+    seconds: float
+
+    def _run(self, call: list) -> None:
+        time.sleep(self.seconds)
+        for image in call:
+            picture = Image.effect_noise((image.request.width, image.request.height), 50).convert("RGB")
+            self._add(image.painting, Picture(picture, image.seed, None))
+
+
+def serve(kind: str, seconds: float) -> None:
+    """Is the worker."""
+    settings = Settings.from_environment()
+    engine = FixedEngine(pipeline.load(settings), settings.max_batch_images)
+    engine.seconds = seconds
+
+    def plain(job: dict) -> dict:
+        request = ImageRequest.parse(job["input"], engine.limits)
+        painted = engine._submit(request, Progress()).result()
+        return job_output(request, painted.pictures, [], model_name="", max_result_bytes=settings.max_result_bytes)
+
+    worker = Worker(engine, settings)
+    runpod.serverless.start(
+        {"handler": plain}
+        if kind == "plain"
+        else {"handler": worker.handle, "concurrency_modifier": worker.concurrency}
+    )
+
+
+def measure(kind: str, jobs: int, seconds: float, concurrency: int | None) -> float:
+    """Seconds from the arrival of ``jobs`` jobs to the last one's result."""
+    with serving() as platform:
+        command = [sys.executable, "-m", "tests.bench.worker_loop", "--serve", kind, "--seconds", str(seconds)]
+        settings = {"MAX_CONCURRENCY": str(concurrency)} if concurrency else {}
+        name = platform.start_worker(command, **settings)
+        client = Client(platform)
+        until(lambda: platform.workers[name].pings)
+        client.finished(client.run())
+        # the loop has gone to rest after its first job
+        time.sleep(2)
+        ids = [client.run(guidance_scale=2 + i) for i in range(jobs)]
+        until(lambda: all(platform.jobs[job].status in FINAL for job in ids))
+        assert {platform.jobs[job].status for job in ids} == {"COMPLETED"}
+        return max(platform.jobs[job].finished for job in ids) - min(platform.jobs[job].created for job in ids)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what the SDK's loop costs.")
+    parser.add_argument("--serve", choices=["plain", "worker"], help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        return serve(arguments.serve, arguments.seconds)
+    print(f"{'jobs':<20}{'MAX_CONCURRENCY':>16}{'plain handler':>16}{'this worker':>14}{'target':>9}")
+    for jobs, seconds, concurrency, target in RUNS:
+        work = jobs * seconds
+        plain, ours = (measure(kind, jobs, seconds, concurrency) / work for kind in ("plain", "worker"))
+        shown = concurrency or f"{Settings().max_concurrency} (default)"
+        print(f"{f'{jobs} of {seconds} s':<20}{shown:>16}{plain:>16.2f}{ours:>14.2f}{target:>9}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""``handler.py`` with a pipeline that fails when a prompt asks for it."""
+
+import os
+import socket
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+import handler
+from src import pipeline
+
+SECRETS = f"at {__file__} on {socket.gethostname()} with token {os.environ.get('RUNPOD_AI_API_KEY')}"
+"""What no client may ever read."""
+
+
+class FaultyPipeline(StableDiffusionPipeline):
+    def __call__(self, prompt: list[str], **kwargs: Any) -> Any:
+        if "out of memory" in prompt or ("needs a call alone" in prompt and len(prompt) > 1):
+            raise torch.OutOfMemoryError(f"CUDA out of memory {SECRETS}")
+        if "crash" in prompt:
+            raise RuntimeError(f"crashed {SECRETS}")
+        if "poison" in prompt:
+            raise torch.AcceleratorError(f"CUDA error: an illegal memory access was encountered {SECRETS}")
+        painted = super().__call__(prompt=prompt, **kwargs)
+        for i, asked in enumerate(prompt):
+            if asked == "nan" or os.environ.get("ALWAYS_NAN"):
+                painted.images[i] = float("nan")
+        return painted
+
+
+if __name__ == "__main__":
+    pipeline.StableDiffusionPipeline = FaultyPipeline  # type: ignore[misc]
+    handler.main()

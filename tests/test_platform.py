@@ -1,0 +1,259 @@
+"""The real program in real processes behind a stand-in of the platform: the SDK's loop, driven over HTTP."""
+
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import runpod
+
+from tests.bench.load import load
+from tests.client import Client, picture, results, until
+from tests.platform_stub import Fault, Platform, serving
+
+FAULTY = [sys.executable, "-m", "tests.faulty_worker"]
+SLOW = {"num_inference_steps": 150, "num_images": 4}
+
+
+@pytest.fixture(scope="module")
+def platform() -> Iterator[Platform]:
+    with serving(key="rpa_secret") as platform:
+        platform.start_worker(FAULTY, MAX_CONCURRENCY="4", MAX_RESULT_BYTES="100000")
+        yield platform
+
+
+@pytest.fixture
+def client(platform: Platform) -> Iterator[Client]:
+    yield Client(platform)
+    assert platform.faults == []
+    assert platform.workers["worker-1"].process.poll() is None
+
+
+def test_the_key_is_wanted(platform: Platform, client: Client):
+    for headers in ({}, {"Authorization": "Bearer wrong"}):
+        assert requests.get(f"{client.url}/health", headers=headers, timeout=5).status_code == 401
+        assert requests.post(f"{client.url}/run", headers=headers, json={"input": {}}, timeout=5).status_code == 401
+    assert client.session.get(f"{client.url}/status/nothing", timeout=5).status_code == 404
+    assert client.session.post(f"{client.url}/run", data="prompt", timeout=5).status_code == 400
+
+
+def test_a_job_through_run_and_status_and_through_runsync(platform: Platform, client: Client):
+    done = client.paint("the sea", seed=5)
+    assert done["status"] == "COMPLETED"
+    assert (done["output"]["seed"], picture(done["output"]).size) == (5, (128, 128))
+    again = client.post("runsync", {"input": {"prompt": "the sea", "num_inference_steps": 2, "seed": 5}})
+    assert again["output"] == done["output"]
+    assert until(lambda: client.get("health")["workers"]["idle"]) == 1
+
+
+def test_the_sdks_own_client(platform: Platform, client: Client, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runpod, "endpoint_url_base", f"{platform.url}/v2")
+    endpoint = runpod.Endpoint("local", api_key=platform.key)
+    job = endpoint.run({"prompt": "the sea", "num_inference_steps": 2})
+    assert picture(job.output(timeout=60)).size == (128, 128)
+    assert endpoint.run_sync({"promt": "x"}) is None
+    job = endpoint.run({"prompt": "the sea", "width": 256, "height": 256} | SLOW)
+    assert job.cancel()["status"] == "CANCELLED"
+
+
+def test_progress_comes_once_a_second_and_never_after_the_result(platform: Platform, client: Client):
+    job = client.run(**SLOW)
+    shown = until(lambda: client.get(f"status/{job}").get("output"))
+    assert shown["steps"] == 150
+    assert shown["progress"] == pytest.approx(100 * shown["step"] / 150, abs=1)
+    assert client.finished(job)["status"] == "COMPLETED"
+    reports = [(at, post["output"]["progress"]) for at, post in platform.jobs[job].posts[:-1]]
+    assert reports == sorted(reports, key=lambda report: report[1])
+    assert len(reports) >= 2 and min(np.diff([at for at, _ in reports])) >= 0.95
+
+    platform.faults.append(Fault("job-done", times=100, delay=3, body="IN_PROGRESS"))
+    late = client.run(**SLOW)
+    assert client.finished(late)["status"] == "COMPLETED"
+    platform.faults.clear()
+    for each in (job, late):
+        states = [post.get("status") for _, post in platform.jobs[each].posts]
+        assert states == ["IN_PROGRESS"] * (len(states) - 1) + [None]
+
+
+def test_a_progress_report_that_fails_does_no_harm(platform: Platform, client: Client):
+    platform.faults += [
+        Fault("job-done", status=500, body="IN_PROGRESS"),
+        Fault("job-done", drop=True, body="PROGRESS"),
+    ]
+    assert client.paint(**SLOW)["status"] == "COMPLETED"
+
+
+def test_a_cancelled_job_frees_the_device(platform: Platform, client: Client):
+    long = client.run(width=256, height=256, **SLOW)
+    client.until(long, "IN_PROGRESS")
+    waiting = client.run("the sea", width=256, num_inference_steps=1)
+    client.until(waiting, "IN_PROGRESS")
+    # until the SDK has started a job that it took, it does not know it when told to stop it
+    time.sleep(0.3)
+    assert client.post(f"cancel/{waiting}")["status"] == "CANCELLED"
+    until(lambda: client.get(f"status/{long}").get("output"))
+    assert client.post(f"cancel/{long}")["status"] == "CANCELLED"
+    cancelled = time.monotonic()
+    assert client.paint("the sea")["status"] == "COMPLETED"
+    assert time.monotonic() - cancelled < 5
+    assert results(platform, long) == results(platform, waiting) == []
+    assert client.get(f"status/{long}")["status"] == "CANCELLED"
+
+
+def test_a_job_over_its_execution_time_is_stopped(platform: Platform, client: Client):
+    long = client.run(width=256, height=256, policy={"executionTimeout": 1500}, **SLOW)
+    assert client.finished(long)["status"] == "TIMED_OUT"
+    assert client.paint("the sea")["status"] == "COMPLETED"
+    assert results(platform, long) == []
+
+
+def test_a_job_delivered_twice_is_painted_once(platform: Platform, client: Client):
+    platform.faults.append(Fault("job-take", twice=True))
+    job = client.run(num_inference_steps=100)
+    assert client.finished(job)["status"] == "COMPLETED"
+    first, *more = until(lambda: len(sent := results(platform, job)) == 2 and sent)
+    # drawn at random, the seed would differ if it were painted again
+    assert [first["output"]] == [again["output"] for again in more]
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 429}, {"drop": True}])
+def test_a_platform_in_trouble_loses_nothing(platform: Platform, client: Client, fault: dict[str, Any]):
+    platform.faults += [Fault("job-take", **fault), Fault("job-stop", **fault)]
+    jobs = [client.run(f"{i}") for i in range(3)]
+    platform.faults.append(Fault("job-done", times=2, body='"image"', status=500))
+    for job in jobs:
+        assert client.finished(job)["status"] == "COMPLETED"
+        assert len(results(platform, job)) == 1
+    until(lambda: not platform.faults)
+
+
+def test_the_platform_refuses_a_body_over_its_limit(platform: Platform, client: Client):
+    job = client.run(num_inference_steps=50)
+    url = f"{client.url}/job-done/worker-1/{job}"
+    refused = client.session.post(url, json={"output": {"image": "x" * 10_000_000}}, timeout=60)
+    assert refused.status_code == 400
+    assert client.finished(job)["status"] == "COMPLETED"
+
+
+def test_every_fault_is_told_in_words_and_costs_no_other_job(platform: Platform, client: Client):
+    jobs = {
+        "crash": client.run("crash"),
+        "out of memory": client.run("out of memory", width=256),
+        "nan": client.run("nan"),
+        "too large": client.run("the sea", width=256, height=256, num_images=4),
+        "bad": client.run("the sea", width=515),
+        "good": client.run("the sea"),
+        "needs a call alone": client.run("needs a call alone", num_images=2),
+    }
+    told = {name: client.finished(job) for name, job in jobs.items()}
+    assert {name for name, job in told.items() if job["status"] == "COMPLETED"} == {"good", "needs a call alone"}
+    errors = {name: job["error"] for name, job in told.items() if job["status"] == "FAILED"}
+    assert errors == {
+        "crash": f"internal error, see the worker's log for job {jobs['crash']}",
+        "out of memory": "an image of 256 x 128 did not fit in GPU memory: ask for 128 x 128",
+        "nan": "the model produced NaN instead of a picture: try another seed, scheduler or a lower guidance_scale",
+        "too large": errors["too large"],
+        "bad": "invalid input: width: must be a multiple of 8, got 515",
+    }
+    assert errors["too large"].endswith("the limit is 0.1 MB: ask for fewer or smaller images")
+    sent = " ".join(str(results(platform, job)) for name, job in jobs.items() if name in errors)
+    for secret in ("Traceback", str(Path(__file__).parent), socket.gethostname(), platform.key):
+        assert secret not in sent
+
+
+def test_what_a_worker_streams_can_be_read(platform: Platform, client: Client):
+    job = client.run(num_inference_steps=20)
+    for i in range(2):
+        client.post(f"job-stream/worker-1/{job}", {"output": i})
+    assert client.get(f"stream/{job}")["stream"] == [{"output": 0}, {"output": 1}]
+    assert client.get(f"stream/{job}")["stream"] == []
+    assert client.finished(job)["status"] == "COMPLETED"
+
+
+def test_a_poisoned_device_has_its_worker_replaced():
+    with serving() as platform:
+        client = Client(platform)
+        first = platform.start_worker(FAULTY, MAX_CONCURRENCY="3")
+        before = client.run(**SLOW)
+        client.until(before, "IN_PROGRESS")
+        poison, behind = client.run("poison"), client.run("the sea")
+        client.until(behind, "IN_PROGRESS")
+        left = client.run("the sea")
+        assert client.finished(before)["status"] == "COMPLETED"
+        for job in (poison, behind):
+            failed = client.finished(job)
+            assert failed["error"] == "the GPU failed and this worker is being replaced: send the job again"
+            assert results(platform, job)[0]["stopPod"] is True
+        assert platform.workers[first].process.wait(20) == 1
+        done = client.finished(left)
+        assert (done["status"], done["workerId"]) == ("COMPLETED", "worker-2")
+
+
+def test_told_to_end_a_worker_delivers_what_it_holds():
+    with serving(poll_seconds=30) as platform:
+        client = Client(platform)
+        worker = platform.workers[platform.start_worker()].process
+        held = [client.run(num_inference_steps=100) for _ in range(2)]
+        for job in held:
+            client.until(job, "IN_PROGRESS")
+        left = client.run()
+        worker.terminate()
+        told = time.monotonic()
+        assert worker.wait(60) == 0
+        ended = time.monotonic() - told
+        assert [client.get(f"status/{job}")["status"] for job in held] == ["COMPLETED"] * 2
+        assert client.get(f"status/{left}")["status"] == "IN_QUEUE"
+        assert ended < client.get(f"status/{held[1]}")["executionTime"] / 1000 + 2
+
+        idle = platform.workers[platform.start_worker()]
+        assert client.finished(left)["status"] == "COMPLETED"
+        idle.process.terminate()
+        assert idle.process.wait(10) == 0
+
+
+def test_two_workers_share_the_queue_and_one_may_die():
+    with serving() as platform:
+        client = Client(platform)
+        names = [platform.start_worker(MAX_CONCURRENCY="1") for _ in range(2)]
+        until(lambda: all(platform.workers[name].pings for name in names))
+        jobs = [client.run("the sea", num_inference_steps=20) for _ in range(6)]
+        done = [client.finished(job) for job in jobs]
+        assert {job["status"] for job in done} == {"COMPLETED"}
+        assert {job["workerId"] for job in done} == set(names)
+        assert [len(results(platform, job)) for job in jobs] == [1] * 6
+
+        lost = client.run(**SLOW)
+        name = client.until(lost, "IN_PROGRESS")["workerId"]
+        platform.kill_worker(name)
+        assert client.finished(lost)["status"] == "TIMED_OUT"
+        assert client.paint("the sea")["status"] == "COMPLETED"
+        assert client.post(f"retry/{lost}")["status"] == "IN_QUEUE"
+        assert client.finished(lost)["status"] == "COMPLETED"
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"ALWAYS_NAN": "1"}, "JobError: the model produced NaN instead of a picture"),
+        ({"MODEL_ID": ""}, "StartError: no CUDA device."),
+        ({"MAX_CONCURRENCY": "none"}, "StartError: MAX_CONCURRENCY=none: Input should be a valid integer"),
+    ],
+)
+def test_an_unfit_worker_takes_no_job_and_tells_the_host_why(settings: dict[str, str], why: str):
+    with serving() as platform:
+        job = Client(platform).run()
+        worker = platform.workers[platform.start_worker(FAULTY, **settings)]
+        assert worker.process.wait(60) == 1
+        assert [ping["status"] for ping in worker.pings] == ["unhealthy"]
+        assert worker.pings[0]["reason"].startswith(why)
+        assert platform.jobs[job].status == "IN_QUEUE"
+
+
+def test_fifty_jobs_from_ten_clients_each_get_their_own_answer(platform: Platform, client: Client):
+    """A small version of ``tests/bench/load.py``."""
+    assert load(platform, jobs=50, clients=10).wrong == []
