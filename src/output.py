@@ -3,11 +3,14 @@
 import base64
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, NotRequired
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from src.request import ImageRequest, JobError
 
@@ -45,6 +48,42 @@ def png(image: Image.Image, text: str) -> bytes:
     return file.getvalue()
 
 
+class OutputImage(TypedDict):
+    """One image of a job's output: the picture itself, or a link to it where a bucket is set up."""
+
+    image: Annotated[NotRequired[str], Field(description="The PNG in base64, without a data: prefix")]
+    image_url: Annotated[NotRequired[str], Field(description="A link to the PNG that works for a week")]
+    seed: Annotated[int, Field(description="The seed that paints this picture again")]
+    nsfw_content_detected: Annotated[
+        bool | None, Field(description="Whether the safety checker blanked the picture; null without a checker")
+    ]
+
+
+class OutputParameters(TypedDict):
+    """What all images of a job's output share."""
+
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    model: Annotated[str, Field(description="The model's name")]
+    warnings: Annotated[NotRequired[list[str]], Field(description="What the client should know")]
+
+
+class OneImage(OutputImage, OutputParameters):
+    """The output of a job that asked for one image."""
+
+
+class SeveralImages(OutputParameters):
+    """The output of a job that asked for several images."""
+
+    images: list[OutputImage]
+
+
+JobOutput = OneImage | SeveralImages
+
+
 def job_output(
     request: ImageRequest,
     pictures: list[Picture],
@@ -52,7 +91,8 @@ def job_output(
     *,
     model_name: str,
     max_result_bytes: int,
-) -> dict[str, Any]:
+    upload: Callable[[bytes, str], str] | None = None,
+) -> JobOutput:
     """What the client reads of a finished job.
 
     Args:
@@ -61,31 +101,35 @@ def job_output(
         warnings: what the client should know; left out of the output when empty.
         model_name: the model's name.
         max_result_bytes: the largest result that the platform takes, in bytes.
+        upload: stores a PNG file under a name and gives a link to it; without it the output holds the pictures.
 
     Raises:
-        JobError: if the result is larger than that.
+        JobError: if the result is larger than the platform takes, or as ``upload`` does.
     """
-    images = [
-        {
-            "image": base64.b64encode(png(picture.image, parameters(request, picture.seed, model_name))).decode(),
-            "seed": picture.seed,
-            "nsfw_content_detected": picture.nsfw,
-        }
-        for picture in pictures
-    ]
-    shared = {
+    images = []
+    for i, picture in enumerate(pictures, start=1):
+        file = png(picture.image, parameters(request, picture.seed, model_name))
+        image: OutputImage = {"seed": picture.seed, "nsfw_content_detected": picture.nsfw}
+        if upload:
+            image["image_url"] = upload(file, f"picture-{i}.png")
+        else:
+            image["image"] = base64.b64encode(file).decode()
+        images.append(image)
+    shared: OutputParameters = {
         "width": request.width,
         "height": request.height,
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
         "scheduler": request.scheduler,
         "model": model_name,
-    } | ({"warnings": warnings} if warnings else {})
-    output = images[0] | shared if len(images) == 1 else {"images": images} | shared
+    }
+    if warnings:
+        shared["warnings"] = warnings
+    output: JobOutput = {**images[0], **shared} if len(images) == 1 else {"images": images, **shared}
     size = len(json.dumps({"output": output}))
     if size > max_result_bytes:
         raise JobError(
             f"the result has {size / 1e6:.1f} MB, the limit is {max_result_bytes / 1e6:.1f} MB: "
-            "ask for fewer or smaller images"
+            "ask for fewer or smaller images, or have a bucket set up for the endpoint"
         )
     return output

@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 DEFAULT_MODEL_ID = "CompVis/stable-diffusion-v1-4"
 DEFAULT_MODEL_REVISION = "133a221b8aa7292a167afc5127cb63fb5005638b"
@@ -42,6 +43,22 @@ class Settings(BaseModel):
     max_result_bytes: int = Field(
         10_000_000, ge=1_000, description="Largest result in bytes; the default is the platform's limit for `/run`"
     )
+    bucket_endpoint_url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = Field(
+        None, description="S3-compatible storage for pictures; with it, results hold links. Needs all of `BUCKET_*`"
+    )
+    bucket_access_key_id: SecretStr | None = Field(None, description="Its access key")
+    bucket_secret_access_key: SecretStr | None = Field(None, description="Its secret key")
+    bucket_name: str | None = Field(None, description="The bucket's name")
+
+    @model_validator(mode="after")
+    def _whole_bucket(self) -> Self:
+        names = [name for name in type(self).model_fields if name.startswith("bucket_")]
+        missing = [name.upper() for name in names if getattr(self, name) is None]
+        if 0 < len(missing) < len(names):
+            raise PydanticCustomError(
+                "bucket", "{missing} not set: set all of BUCKET_* or none", {"missing": ", ".join(missing)}
+            )
+        return self
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
@@ -54,8 +71,13 @@ class Settings(BaseModel):
         try:
             return cls.model_validate({name: value for name, value in given.items() if value})
         except ValidationError as error:
-            faults = (f"{str(fault['loc'][0]).upper()}={fault['input']}: {fault['msg']}" for fault in error.errors())
-            raise StartError("; ".join(faults)) from error
+            raise StartError("; ".join(map(_told, error.errors()))) from None
+
+
+def _told(fault: ErrorDetails) -> str:
+    if not fault["loc"]:
+        return fault["msg"]
+    return f"{str(fault['loc'][0]).upper()}={fault['input']}: {fault['msg']}"
 
 
 def on_runpod(environment: Mapping[str, str] = os.environ) -> bool:

@@ -4,12 +4,12 @@ import asyncio
 import signal
 import time
 import traceback
-from functools import partial
 from typing import Any
 
 from runpod import RunPodLogger
 from runpod.serverless.modules.worker_state import JobsProgress
 
+from src.bucket import Bucket
 from src.engine import Engine, Progress
 from src.output import job_output
 from src.progress import progress_reports
@@ -28,6 +28,7 @@ class Worker:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self._engine = engine
         self._settings = settings
+        self._bucket = Bucket(settings) if settings.bucket_name else None
         self._answers: dict[str, asyncio.Task[dict[str, Any]]] = {}
         self._on_platform = False
         self._exit_code: int | None = None
@@ -97,13 +98,18 @@ class Worker:
             started = time.monotonic()
             painted = await self._engine.generate(request, progress)
             finished = time.monotonic()
-            encode = partial(
-                job_output, model_name=self._engine.model_name, max_result_bytes=self._settings.max_result_bytes
+            output = await asyncio.to_thread(
+                job_output,
+                request,
+                painted.pictures,
+                painted.warnings,
+                model_name=self._engine.model_name,
+                max_result_bytes=self._settings.max_result_bytes,
+                upload=self._bucket.uploads_under(job["id"]) if self._bucket else None,
             )
-            output = await asyncio.to_thread(encode, request, painted.pictures, painted.warnings)
         log.info(
             f"painted {request.num_images} of {request.width} x {request.height} in {request.num_inference_steps} "
             f"steps: {finished - started:.2f} s, encoded: {time.monotonic() - finished:.2f} s",
             job["id"],
         )
-        return output
+        return dict(output)

@@ -3,23 +3,27 @@ import os
 os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 
 from src import pipeline
 from src.engine import Engine
 from src.pipeline import Model
-from src.request import ModelLimits
 from src.settings import Settings
+from tests.client import Client, until
+from tests.platform_stub import HANDLER, Platform, serving
 from tests.v1_4 import make_repository
 
 # small models gain nothing from more threads
 torch.set_num_threads(1)
-
-V1_4 = ModelLimits(native_size=512, max_size=1024, scheduler="PNDM")
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +70,49 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
     yield
+
+
+FAULTY = [sys.executable, "-m", "tests.faulty_worker"]
+"""The command of a worker that fails when a prompt asks for it."""
+
+
+@pytest.fixture(scope="session")
+def platform() -> Iterator[Platform]:
+    """A stand-in of RunPod with one worker."""
+    with serving(key="rpa_secret") as platform:
+        platform.start_worker(FAULTY, MAX_CONCURRENCY="4", MAX_RESULT_BYTES="300000")
+        yield platform
+
+
+@pytest.fixture
+def client(platform: Platform) -> Iterator[Client]:
+    """A client of ``platform``, which is as it was after the test."""
+    yield Client(platform)
+    assert platform.faults == []
+    assert platform.workers["worker-1"].process.poll() is None
+
+
+@pytest.fixture(scope="session")
+def local_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of ``handler.py --rp_serve_api``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, HANDLER, "--rp_serve_api", "--rp_api_port", str(port), "--rp_api_host", "127.0.0.1"]
+    folder = tmp_path_factory.mktemp("server")
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        assert process.poll() is None
+        with suppress(requests.ConnectionError):
+            return requests.get(f"{address}/docs", timeout=1).ok
+        return False
+
+    try:
+        until(answers, 120)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(10)
+    assert list(folder.iterdir()) == []

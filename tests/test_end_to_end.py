@@ -4,11 +4,8 @@ import base64
 import io
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -72,53 +69,28 @@ def test_a_worker_that_cannot_start_says_why_in_one_line(tmp_path: Path, environ
     assert ran.stderr == ""
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, HANDLER, "--rp_serve_api", "--rp_api_port", str(port), "--rp_api_host", "127.0.0.1"]
-    folder = tmp_path_factory.mktemp("server")
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                requests.get(f"{address}/docs", timeout=1)
-                break
-            except requests.ConnectionError:
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.2)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(10)
-    assert list(folder.iterdir()) == []
-
-
 def post(address: str, **job_input: object) -> dict:
     return requests.post(address, json={"input": job_input}, timeout=60).json()
 
 
-def test_run_and_status(server: str):
-    started = post(f"{server}/run", prompt="a red circle on a blue background", seed=1, num_inference_steps=10)
+def test_run_and_status(local_server: str):
+    started = post(f"{local_server}/run", prompt="a red circle on a blue background", seed=1, num_inference_steps=10)
     assert started["status"] == "IN_PROGRESS"
-    done = requests.post(f"{server}/status/{started['id']}", timeout=60).json()
+    done = requests.post(f"{local_server}/status/{started['id']}", timeout=60).json()
     assert done["status"] == "COMPLETED"
     assert (done["output"]["seed"], done["output"]["model"]) == (1, "demo")
     assert Image.open(io.BytesIO(base64.b64decode(done["output"]["image"]))).size == (128, 128)
 
 
-def test_runsync_is_reproducible_and_speaks_any_language(server: str):
+def test_runsync_is_reproducible_and_speaks_any_language(local_server: str):
     prompt = '山 🎿 "quoted" \\ and\nnew lines'
-    first, second = (post(f"{server}/runsync", prompt=prompt, seed=2, num_inference_steps=3) for _ in "ab")
+    first, second = (post(f"{local_server}/runsync", prompt=prompt, seed=2, num_inference_steps=3) for _ in "ab")
     assert first["status"] == "COMPLETED"
     assert first["output"] == second["output"]
     assert Image.open(io.BytesIO(base64.b64decode(first["output"]["image"]))).text["parameters"].startswith(prompt)
 
 
-def test_a_bad_request_fails_in_words(server: str):
-    told = post(f"{server}/runsync", prompt="x", width=515)
+def test_a_bad_request_fails_in_words(local_server: str):
+    told = post(f"{local_server}/runsync", prompt="x", width=515)
     assert told["status"] == "FAILED"
     assert told["error"] == "invalid input: width: must be a multiple of 8, got 515"

@@ -1,9 +1,7 @@
 """The real program in real processes behind a stand-in of the platform: the SDK's loop, driven over HTTP."""
 
 import socket
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +12,10 @@ import runpod
 
 from tests.bench.load import load
 from tests.client import Client, picture, results, until
+from tests.conftest import FAULTY
 from tests.platform_stub import Fault, Platform, serving
 
-FAULTY = [sys.executable, "-m", "tests.faulty_worker"]
 SLOW = {"num_inference_steps": 150, "num_images": 4}
-
-
-@pytest.fixture(scope="module")
-def platform() -> Iterator[Platform]:
-    with serving(key="rpa_secret") as platform:
-        platform.start_worker(FAULTY, MAX_CONCURRENCY="4", MAX_RESULT_BYTES="100000")
-        yield platform
-
-
-@pytest.fixture
-def client(platform: Platform) -> Iterator[Client]:
-    yield Client(platform)
-    assert platform.faults == []
-    assert platform.workers["worker-1"].process.poll() is None
 
 
 def test_the_key_is_wanted(platform: Platform, client: Client):
@@ -160,7 +144,9 @@ def test_every_fault_is_told_in_words_and_costs_no_other_job(platform: Platform,
         "too large": errors["too large"],
         "bad": "invalid input: width: must be a multiple of 8, got 515",
     }
-    assert errors["too large"].endswith("the limit is 0.1 MB: ask for fewer or smaller images")
+    assert errors["too large"].endswith(
+        "the limit is 0.3 MB: ask for fewer or smaller images, or have a bucket set up for the endpoint"
+    )
     sent = " ".join(str(results(platform, job)) for name, job in jobs.items() if name in errors)
     for secret in ("Traceback", str(Path(__file__).parent), socket.gethostname(), platform.key):
         assert secret not in sent

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builder.schemas import V1_4
 from src.request import MAX_SEED, ImageRequest, JobError, ModelLimits
-from tests.conftest import V1_4
 
 DEMO = ModelLimits(native_size=128, max_size=256, scheduler="PNDM")
 

@@ -26,9 +26,18 @@ def test_every_variable_is_read():
             "MAX_CONCURRENCY": "3",
             "MAX_BATCH_IMAGES": "8",
             "MAX_RESULT_BYTES": "20000000",
+            "BUCKET_ENDPOINT_URL": "https://storage.example.com",
+            "BUCKET_ACCESS_KEY_ID": "key",
+            "BUCKET_SECRET_ACCESS_KEY": "secret",
+            "BUCKET_NAME": "pictures",
         }
     )
-    assert settings.model_dump() | {"hf_token": "hf_secret"} == {
+    secrets = {
+        "hf_token": "hf_secret",
+        "bucket_access_key_id": "key",
+        "bucket_secret_access_key": "secret",
+    }
+    assert settings.model_dump() | secrets == {
         "model_id": "demo",
         "model_revision": "main",
         "hf_token": "hf_secret",
@@ -37,8 +46,21 @@ def test_every_variable_is_read():
         "max_concurrency": 3,
         "max_batch_images": 8,
         "max_result_bytes": 20_000_000,
+        "bucket_endpoint_url": "https://storage.example.com",
+        "bucket_access_key_id": "key",
+        "bucket_secret_access_key": "secret",
+        "bucket_name": "pictures",
     }
-    assert settings.hf_token is not None and settings.hf_token.get_secret_value() == "hf_secret"
+    for name, secret in secrets.items():
+        assert getattr(settings, name).get_secret_value() == secret
+
+
+def test_a_bucket_is_set_up_as_a_whole_or_not_at_all():
+    said = refusal(BUCKET_NAME="pictures", BUCKET_ACCESS_KEY_ID="key", BUCKET_SECRET_ACCESS_KEY="hidden")
+    assert said == "BUCKET_ENDPOINT_URL not set: set all of BUCKET_* or none"
+    said = refusal(BUCKET_ENDPOINT_URL="https://storage.example.com")
+    assert said.startswith("BUCKET_ACCESS_KEY_ID, BUCKET_SECRET_ACCESS_KEY, BUCKET_NAME not set")
+    assert refusal(BUCKET_ENDPOINT_URL="storage.example.com").startswith("BUCKET_ENDPOINT_URL=storage.example.com: ")
 
 
 @pytest.mark.parametrize(

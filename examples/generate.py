@@ -1,0 +1,75 @@
+"""How an application calls the worker: with the SDK's own client.
+
+ENDPOINT_ID=... RUNPOD_API_KEY=... python examples/generate.py "a red circle on a blue background"
+"""
+
+import argparse
+import base64
+import os
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import runpod
+
+
+def generate(endpoint: runpod.Endpoint, job_input: dict[str, Any], timeout: float = 600) -> dict[str, Any]:
+    """Sends one job and waits for its output.
+
+    Raises:
+        RuntimeError: with the worker's own words, if the job does not end as COMPLETED.
+        TimeoutError: if it has not ended within ``timeout`` seconds; the job is then cancelled.
+    """
+    job = endpoint.run({"input": job_input})
+    deadline = time.monotonic() + timeout
+    try:
+        while True:
+            answer = endpoint.rp_client.get(f"{endpoint.endpoint_id}/status/{job.job_id}")
+            if answer["status"] not in ("IN_QUEUE", "IN_PROGRESS"):
+                break
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"job {job.job_id} has not ended within {timeout:.0f} s")
+            time.sleep(1)
+    except (KeyboardInterrupt, TimeoutError):
+        job.cancel()
+        raise
+    if answer["status"] != "COMPLETED":
+        raise RuntimeError(f"{answer['status']}: {answer.get('error', 'no reason given')}")
+    return answer["output"]
+
+
+def picture(image: dict[str, Any]) -> bytes:
+    """The PNG file of one image of an output, from the output itself or from the endpoint's bucket."""
+    if "image" in image:
+        return base64.b64decode(image["image"])
+    with urllib.request.urlopen(image["image_url"], timeout=120) as link:
+        return link.read()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Ask an endpoint for pictures.")
+    parser.add_argument("prompt")
+    parser.add_argument("-o", "--output", type=Path, default=Path("picture.png"))
+    parser.add_argument("--images", type=int, default=1)
+    parser.add_argument("--seed", type=int)
+    arguments = parser.parse_args()
+
+    endpoint = runpod.Endpoint(os.environ["ENDPOINT_ID"], api_key=os.environ["RUNPOD_API_KEY"])
+    job_input = {"prompt": arguments.prompt, "num_images": arguments.images, "seed": arguments.seed}
+    try:
+        output = generate(endpoint, job_input)
+    except (RuntimeError, TimeoutError) as error:
+        sys.exit(f"generate.py: {error}")
+    images = output.get("images", [output])
+    for i, image in enumerate(images, start=1):
+        path = arguments.output
+        if len(images) > 1:
+            path = path.with_stem(f"{path.stem}-{i}")
+        path.write_bytes(picture(image))
+        print(f"{path} seed {image['seed']}")
+
+
+if __name__ == "__main__":
+    main()

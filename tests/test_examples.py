@@ -1,0 +1,336 @@
+"""What users hold in their hands, driven as they drive it: scripts, the Postman collection, the README's commands."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from builder.schemas import V1_4, files, input_schema, output_schema
+from src.request import ImageRequest, JobError
+from src.settings import Settings
+from tests.client import Client, until
+from tests.platform_stub import Fault, Platform, serving
+
+ROOT = Path(__file__).parents[1]
+GENERATE = ROOT / "examples" / "generate.sh"
+
+
+def environment(platform: Platform, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("ENDPOINT_ID", "ENDPOINT_URL")}
+    return kept | {"ENDPOINT_URL": f"{platform.url}/v2/local", "RUNPOD_API_KEY": platform.key} | more
+
+
+def generate(folder: Path, env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([GENERATE, *arguments], cwd=folder, env=env, text=True, capture_output=True, timeout=90)
+
+
+def told(ran: subprocess.CompletedProcess[str]) -> str:
+    """The last line that the script says when it fails."""
+    assert ran.returncode not in (0, -signal.SIGINT)
+    return ran.stderr.replace("\r\033[K", "\n").strip().splitlines()[-1].removeprefix("generate.sh: ")
+
+
+def test_the_script_saves_a_picture_of_any_prompt(platform: Platform, client: Client, tmp_path: Path):
+    prompt = "a \"red\" circle\\n on\n a $(blue) `background` '🎿' 山"
+    ran = generate(
+        tmp_path, environment(platform), prompt, "-n", "blur", "--steps", "3", "--size", "64x72", "--seed", "9"
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "picture.png seed 9\n"
+    picture = Image.open(tmp_path / "picture.png")
+    assert picture.size == (64, 72)
+    assert picture.text["parameters"].startswith(f"{prompt}\nNegative prompt: blur\nSteps: 3, ")
+
+
+def test_the_script_saves_several_pictures(platform: Platform, client: Client, tmp_path: Path):
+    options = (
+        "--images",
+        "3",
+        "--steps",
+        "2",
+        "--seed",
+        "4",
+        "--scheduler",
+        "DDIM",
+        "--guidance",
+        "5.5",
+        "-o",
+        "sea.png",
+    )
+    ran = generate(tmp_path, environment(platform), "the sea", *options)
+    assert ran.stdout == "sea-1.png seed 4\nsea-2.png seed 5\nsea-3.png seed 6\n", ran.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"sea-1.png", "sea-2.png", "sea-3.png"}
+
+
+def test_the_script_and_the_sdks_local_server(local_server: str, tmp_path: Path):
+    ran = generate(tmp_path, os.environ | {"ENDPOINT_URL": local_server + "/"}, "the sea", "--steps", "2")
+    assert ran.returncode == 0, ran.stderr
+    assert Image.open(tmp_path / "picture.png").size == (128, 128)
+
+
+def test_the_script_fetches_a_picture_from_a_bucket(tmp_path: Path):
+    with serving() as platform:
+        bucket = tmp_path / "bucket.png"
+        Image.new("RGB", (8, 8)).save(bucket)
+
+        def work() -> None:
+            (job,) = until(platform.jobs.values)
+            platform._end(
+                job, "COMPLETED", {"output": {"image_url": bucket.as_uri(), "seed": 1, "warnings": ["careful"]}}
+            )
+
+        threading.Thread(target=work).start()
+        ran = generate(tmp_path, environment(platform), "the sea")
+    assert (ran.stdout, ran.returncode) == ("picture.png seed 1\n", 0)
+    assert "warning: careful" in ran.stderr
+    assert (tmp_path / "picture.png").read_bytes() == bucket.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "said"),
+    [
+        (["the sea", "--size", "65x64"], {}, "failed: invalid input: width: must be a multiple of 8, got 65"),
+        (["the sea", "--size", "large"], {}, "--size wants WxH, such as 512x512, got large"),
+        (["the sea", "--steps", "many"], {}, "num_inference_steps wants a number, got many"),
+        (["the sea", "--stpes", "3"], {}, "unknown option --stpes, see --help"),
+        (["the sea", "--steps"], {}, "--steps wants a value"),
+        (["the", "sea"], {}, "one prompt only: put it in quotes"),
+        (["the sea", "-o", "nowhere/picture.png"], {}, "no such directory: nowhere"),
+        (["the sea"], {"RUNPOD_API_KEY": "wrong"}, "the API key was refused (401): check RUNPOD_API_KEY"),
+        (["the sea"], {"ENDPOINT_URL": "http://127.0.0.1:9"}, "no answer from http://127.0.0.1:9: "),
+        (["the sea"], {"ENDPOINT_URL": ""}, "set ENDPOINT_ID and RUNPOD_API_KEY, or ENDPOINT_URL"),
+    ],
+)
+def test_the_script_says_what_is_wrong(
+    platform: Platform, client: Client, tmp_path: Path, arguments: list[str], settings: dict[str, str], said: str
+):
+    assert said in told(generate(tmp_path, environment(platform, **settings), *arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_script_says_that_there_is_no_such_endpoint(platform: Platform, client: Client, tmp_path: Path):
+    said = told(generate(tmp_path, environment(platform, ENDPOINT_URL=f"{platform.url}/v2/nothing"), "the sea"))
+    assert said.startswith("not found (404): check ENDPOINT_ID")
+
+
+def test_the_script_backs_off(platform: Platform, client: Client, tmp_path: Path):
+    platform.faults += [Fault("/run", status=429, times=2), Fault("/status/", status=429)]
+    ran = generate(tmp_path, environment(platform), "the sea", "--steps", "2")
+    assert ran.returncode == 0
+    assert "busy (429), trying again in 1 s" in ran.stderr and "trying again in 2 s" in ran.stderr
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "TIMED_OUT"])
+def test_the_script_says_how_a_job_ended(tmp_path: Path, state: str):
+    with serving() as platform:
+
+        def end() -> None:
+            (job,) = until(platform.jobs.values)
+            platform._end(job, state)
+
+        threading.Thread(target=end).start()
+        assert told(generate(tmp_path, environment(platform), "the sea")).endswith(f"ended as {state}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_the_script_cancels_its_job(tmp_path: Path):
+    with serving() as platform:
+        command = [GENERATE, "the sea"]
+        script = subprocess.Popen(
+            command, cwd=tmp_path, env=environment(platform), stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        (job,) = until(platform.jobs.values)
+        time.sleep(1)
+        os.killpg(script.pid, signal.SIGINT)
+        _, said = script.communicate(timeout=20)
+        assert script.returncode == 130
+        assert f"cancelled job {job.id}" in said
+        assert job.status == "CANCELLED"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shellcheck_finds_nothing():
+    scripts = [GENERATE, ROOT / ".ci" / "run"]
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    ran = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "")
+
+
+def python_example(platform: Platform, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "examples" / "generate.py", *arguments],
+        cwd=folder,
+        env=environment(platform, ENDPOINT_ID="local", RUNPOD_ENDPOINT_BASE_URL=f"{platform.url}/v2"),
+        text=True,
+        capture_output=True,
+        timeout=90,
+    )
+
+
+def test_the_python_example(platform: Platform, client: Client, tmp_path: Path):
+    ran = python_example(platform, tmp_path, "the sea", "--images", "2", "--seed", "3", "-o", "sea.png")
+    assert ran.stdout.splitlines() == ["sea-1.png seed 3", "sea-2.png seed 4"], ran.stderr
+    assert Image.open(tmp_path / "sea-2.png").size == (128, 128)
+    ran = python_example(platform, tmp_path, "the sea", "--images", "9")
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1] == ("generate.py: FAILED: invalid input: num_images: must be at most 4, got 9")
+
+
+@pytest.fixture(scope="session")
+def newman() -> Path:
+    if not shutil.which("npm"):
+        pytest.skip("needs node and npm")
+    folder = ROOT / "tests" / "postman"
+    if not (folder / "node_modules").exists():
+        subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=folder, check=True, capture_output=True)
+    return folder / "node_modules" / ".bin" / "newman"
+
+
+def run_collection(newman: Path, file: str, folder: Path, **variables: str) -> dict[str, Any]:
+    """What newman reports of a run of the whole collection."""
+    postman = ROOT / "examples" / "postman"
+    report = folder / "report.json"
+    command = [newman, "run", postman / "stable-diffusion-worker.postman_collection.json", "-e", postman / file]
+    for name, value in variables.items():
+        command += ["--env-var", f"{name}={value}"]
+    ran = subprocess.run(
+        [*command, "--reporters", "cli,json", "--reporter-json-export", report],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stdout
+    return json.loads(report.read_text())["run"]
+
+
+def names_sent(run: dict[str, Any]) -> list[str]:
+    return [execution["item"]["name"] for execution in run["executions"] if execution.get("response")]
+
+
+def test_the_postman_collection_on_the_platform(newman: Path, platform: Platform, client: Client, tmp_path: Path):
+    url = f"{platform.url}/v2/local"
+    run = run_collection(newman, "runpod.postman_environment.json", tmp_path, base_url=url, api_key=platform.key)
+    assert list(dict.fromkeys(names_sent(run))) == [
+        "Generate",
+        "Status",
+        "Generate and wait",
+        "Several images",
+        "A bad request",
+        "Generate, to be cancelled",
+        "Cancel",
+        "Health",
+    ]
+    assert names_sent(run).count("Status") > 1
+    assert run["stats"]["assertions"]["total"] >= 10
+
+
+def test_the_postman_collection_on_the_sdks_local_server(newman: Path, local_server: str, tmp_path: Path):
+    run = run_collection(newman, "localhost.postman_environment.json", tmp_path, base_url=local_server)
+    assert names_sent(run) == ["Generate", "Status", "Generate and wait", "Several images", "A bad request"]
+
+
+def test_no_key_is_in_the_postman_files():
+    for path in (ROOT / "examples" / "postman").glob("*.postman_environment.json"):
+        (key,) = [value for value in json.loads(path.read_text())["values"] if value["key"] == "api_key"]
+        assert (key["value"], key["type"]) == ("", "secret")
+
+
+def test_the_hubs_files_hold_what_the_code_holds():
+    hub = json.loads((ROOT / ".runpod" / "hub.json").read_text())["config"]
+    assert (hub["gpuIds"], hub["allowedCudaVersions"]) == ("ADA_24,AMPERE_24", ["13.0"])
+    inputs = {each["key"]: each["input"] for each in hub["env"]}
+    assert set(inputs) == {name.upper() for name in Settings.model_fields} | {"HF_HUB_OFFLINE"}
+    defaults = {name: str(each["default"]) for name, each in inputs.items()}
+    assert Settings.from_environment(defaults) == Settings(model_id="/model")
+    for preset in hub["presets"]:
+        Settings.from_environment(defaults | {name: str(value) for name, value in preset["defaults"].items()})
+    tests = json.loads((ROOT / ".runpod" / "tests.json").read_text())
+    for test in tests["tests"]:
+        ImageRequest.parse(test["input"], V1_4)
+    assert tests["config"]["allowedCudaVersions"] == hub["allowedCudaVersions"]
+
+
+def test_the_schema_files_are_what_the_code_says():
+    for path, text in files().items():
+        assert path.read_text() == text, "run python -m builder.schemas"
+
+
+ANY_VALUE = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from([[], {}])
+LIKELY = {
+    "prompt": st.text(max_size=20),
+    "width": st.integers(0, 1100),
+    "height": st.integers(8, 140).map(lambda eighths: 8 * eighths),
+    "num_inference_steps": st.integers(-1, 152),
+    "guidance_scale": st.floats(-1, 31),
+    "seed": st.integers(-1, 2**53 + 1),
+    "num_images": st.integers(0, 5),
+    "scheduler": st.sampled_from(["PNDM", "KLMS", "Euler"]),
+}
+
+
+@given(st.fixed_dictionaries({}, optional={name: value | ANY_VALUE for name, value in LIKELY.items()}))
+def test_the_input_schema_accepts_what_the_worker_accepts(job_input: dict[str, Any]):
+    valid = jsonschema.Draft202012Validator(input_schema(V1_4)).is_valid(job_input)
+    try:
+        ImageRequest.parse(job_input, V1_4)
+        accepted, said = True, ""
+    except JobError as error:
+        accepted, said = False, str(error)
+    # what no schema can say
+    beyond = ("control characters", "Unicode", "images, got", "finite")
+    assert valid == accepted or (valid and any(words in said for words in beyond)), said
+
+
+def test_what_the_worker_answers_is_in_the_output_schema(platform: Platform, client: Client):
+    validate = jsonschema.Draft202012Validator(output_schema()).validate
+    for num_images in (1, 2):
+        validate(client.paint("the sea " * 80, num_images=num_images)["output"])
+
+
+def readme_commands() -> list[str]:
+    """The README's commands that call an endpoint."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", readme, re.S)
+    return [block for block in blocks if "curl" in block or "examples/" in block]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_the_readmes_commands_paint(
+    platform: Platform, client: Client, local_server: str, tmp_path: Path, command: str
+):
+    for replaced, by in (
+        ("https://api.runpod.ai/v2", f"{platform.url}/v2"),
+        ("http://localhost:8000/v2/local", f"{platform.url}/v2/local"),
+        ("localhost:8000", local_server.removeprefix("http://")),
+        (".venv/bin/python", sys.executable),
+        ("examples/", f"{ROOT}/examples/"),
+    ):
+        command = command.replace(replaced, by)
+    # whoever follows it pastes the id that the first answer gave
+    command = command.replace("<id>", client.run())
+    env = os.environ | {
+        "ENDPOINT_ID": "local",
+        "RUNPOD_API_KEY": platform.key,
+        "RUNPOD_ENDPOINT_BASE_URL": f"{platform.url}/v2",
+    }
+    ran = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+    pictures = list(tmp_path.glob("*.png"))
+    assert pictures or '"status"' in ran.stdout
+    for path in pictures:
+        assert Image.open(path).size == (128, 128)
