@@ -146,7 +146,12 @@ class Engine:
 
     def _paint_waiting(self) -> None:
         while call := self._next_call():
-            self._paint(call)
+            try:
+                self._paint(call)
+            except Exception as error:
+                # whatever went wrong in handling a failure, nobody waits for ever
+                for image in call:
+                    image.painting.fail(error)
 
     def _next_call(self) -> list[_Image]:
         with self._lock:
@@ -165,13 +170,15 @@ class Engine:
             return
         except Exception as error:
             failure, parts = self._after_failure(call, error)
+        if len(parts) == 1:
+            call[0].painting.fail(failure)
+            return
+        # with its traceback it holds the failed call's tensors
+        del failure
         if not self._device_failed:
             torch.cuda.empty_cache()
         for part in parts:
-            if len(parts) > 1:
-                self._paint(part)
-            else:
-                part[0].painting.fail(failure)
+            self._paint(part)
 
     def _after_failure(self, call: list[_Image], error: Exception) -> tuple[Exception, list[list[_Image]]]:
         """What to tell the client if ``call`` cannot be divided further, and the parts that it divides into."""

@@ -283,6 +283,23 @@ def test_only_what_fails_alone_fails(v1_4_engine: Engine, failing: Failing, call
     assert calls == [["a", "a"], ["c"]]
 
 
+def test_a_fault_in_handling_a_fault_leaves_nobody_waiting(
+    v1_4_engine: Engine, failing: Failing, monkeypatch: pytest.MonkeyPatch
+):
+    def crash(prompt: list[str], **_: Any) -> None:
+        if "c" not in prompt:
+            raise RuntimeError("first")
+
+    def crash_again() -> None:
+        raise RuntimeError("second")
+
+    failing(crash)
+    monkeypatch.setattr(torch.cuda, "empty_cache", crash_again)
+    answers = wait_together(v1_4_engine, [request(v1_4_engine, prompt=name) for name in "ab"])
+    assert [str(answer) for answer in answers] == ["second", "second"]
+    assert generate(v1_4_engine, prompt="c").pictures
+
+
 def test_one_picture_of_nan_does_not_take_the_others_along(v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch):
     decode = v1_4_engine._pipe.vae.decode
 
