@@ -36,7 +36,7 @@ def test_the_bare_command_paints_the_test_input(tmp_path: Path):
     picture = Image.open(path)
     assert picture.size == (128, 128)
     assert picture.text["parameters"].startswith(
-        f"{BASELINES_PROMPT}\nSteps: 50, Sampler: PNDM, CFG scale: 7.5, Seed: "
+        f"{BASELINES_PROMPT}\nSteps: 50, Sampler: DDIM, CFG scale: 7.5, Seed: "
     )
     assert "model demo: embedded" in ran.stdout
     assert "Traceback" not in ran.stderr

@@ -314,6 +314,7 @@ def test_the_readmes_commands_paint(
     for replaced, by in (
         ("https://api.runpod.ai/v2", f"{platform.url}/v2"),
         ("http://localhost:8000/v2/local", f"{platform.url}/v2/local"),
+        ("RUNPOD_API_KEY=local", f"RUNPOD_API_KEY={platform.key}"),
         ("localhost:8000", local_server.removeprefix("http://")),
         (".venv/bin/python", sys.executable),
         ("examples/", f"{ROOT}/examples/"),

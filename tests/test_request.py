@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from builder.schemas import V1_4
 from src.request import MAX_SEED, ImageRequest, JobError, ModelLimits
 
-DEMO = ModelLimits(native_size=128, max_size=256, scheduler="PNDM")
+DEMO = ModelLimits(native_size=128, max_size=256, scheduler="DDIM")
 
 
 def parse(limits: ModelLimits = V1_4, **job_input: object) -> ImageRequest:
