@@ -96,7 +96,8 @@ request() {
 }
 printf 'Authorization: Bearer %s\n' "${RUNPOD_API_KEY:-}" >"$work/headers"
 
-# checked METHOD PATH [BODY FILE]: request, patient with a busy endpoint, that ends the script where it is refused
+# checked METHOD PATH [BODY FILE]: request, patient with a busy endpoint, that ends the script where it is refused;
+# 405, the wrong method, is left to the caller
 checked() {
     local pause=1
     request "$@"
@@ -107,7 +108,7 @@ checked() {
         request "$@"
     done
     case $status in
-    2??) ;;
+    2?? | 405) ;;
     000) die "no answer from $endpoint: $(head -n 1 "$work/error")" ;;
     401 | 403) die "the API key was refused ($status): check RUNPOD_API_KEY" ;;
     404) die "not found (404): check ENDPOINT_ID; results are kept for half an hour" ;;
@@ -149,6 +150,7 @@ PYTHON
 }
 
 checked POST /run "$work/body"
+[[ $status != 405 ]] || die "the endpoint answered 405: check ENDPOINT_URL"
 answer=$(read_answer) || exit 1
 read -r job state detail <<<"$answer"
 
@@ -157,10 +159,12 @@ pause=0.5
 while [[ $state == IN_QUEUE || $state == IN_PROGRESS ]]; do
     sleep "$pause"
     pause=$(python3 -c "print(min(5, 1.3 * $pause))")
-    request "$method" "/status/$job"
-    # the SDK's local server wants POST
-    [[ $status != 405 ]] || method=POST
     checked "$method" "/status/$job"
+    if [[ $status == 405 ]]; then
+        # the SDK's local server wants POST
+        method=POST
+        continue
+    fi
     answer=$(read_answer) || exit 1
     read -r _ state detail <<<"$answer"
     printf '\r\033[K%s %s' "$state" "$detail" >&2
