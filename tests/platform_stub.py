@@ -25,6 +25,8 @@ from typing import Any
 
 from aiohttp import web
 
+RouteHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
 HANDLER = Path(__file__).parents[1] / "handler.py"
 ENDPOINT = "local"
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
@@ -296,17 +298,13 @@ class Platform:
             self.kill_worker(name)
 
     @web.middleware
-    async def _authorize(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
+    async def _authorize(self, request: web.Request, handler: RouteHandler) -> web.StreamResponse:
         if request.headers.get("Authorization", "").removeprefix("Bearer ") != self.key:
             raise _error(web.HTTPUnauthorized, "unauthorized")
         return await handler(request)
 
     @web.middleware
-    async def _misbehave(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
+    async def _misbehave(self, request: web.Request, handler: RouteHandler) -> web.StreamResponse:
         fault = await self._fault_for(request)
         if fault and fault.drop:
             assert request.transport

@@ -1,7 +1,5 @@
 """The real program in a real process: the local run, the local server over HTTP, starts that fail."""
 
-import base64
-import io
 import os
 import re
 import subprocess
@@ -11,6 +9,8 @@ from pathlib import Path
 import pytest
 import requests
 from PIL import Image
+
+from tests.client import picture
 
 HANDLER = Path(__file__).parents[1] / "handler.py"
 BASELINES_PROMPT = "A double-black diamond mountain to ski on near Seattle."
@@ -33,9 +33,9 @@ def test_the_bare_command_paints_the_test_input(tmp_path: Path):
     assert ran.returncode == 0, ran.stdout + ran.stderr
     path = Path(re.fullmatch(r"picture: (.+)", ran.stdout.splitlines()[-1])[1])
     assert path == tmp_path / "picture.png"
-    picture = Image.open(path)
-    assert picture.size == (128, 128)
-    assert picture.text["parameters"].startswith(
+    painted = Image.open(path)
+    assert painted.size == (128, 128)
+    assert painted.text["parameters"].startswith(
         f"{BASELINES_PROMPT}\nSteps: 50, Sampler: DDIM, CFG scale: 7.5, Seed: "
     )
     assert "model demo: embedded" in ran.stdout
@@ -79,7 +79,7 @@ def test_run_and_status(local_server: str):
     done = requests.post(f"{local_server}/status/{started['id']}", timeout=60).json()
     assert done["status"] == "COMPLETED"
     assert (done["output"]["seed"], done["output"]["model"]) == (1, "demo")
-    assert Image.open(io.BytesIO(base64.b64decode(done["output"]["image"]))).size == (128, 128)
+    assert picture(done["output"]).size == (128, 128)
 
 
 def test_runsync_is_reproducible_and_speaks_any_language(local_server: str):
@@ -87,7 +87,7 @@ def test_runsync_is_reproducible_and_speaks_any_language(local_server: str):
     first, second = (post(f"{local_server}/runsync", prompt=prompt, seed=2, num_inference_steps=3) for _ in "ab")
     assert first["status"] == "COMPLETED"
     assert first["output"] == second["output"]
-    assert Image.open(io.BytesIO(base64.b64decode(first["output"]["image"]))).text["parameters"].startswith(prompt)
+    assert picture(first["output"]).text["parameters"].startswith(prompt)
 
 
 def test_a_bad_request_fails_in_words(local_server: str):
