@@ -1,6 +1,7 @@
 """The door: settings -> pipeline -> engine -> worker, then RunPod's loop.
 
 python handler.py                  paints test_input.json into picture.png
+python handler.py --check          starts, says what a start takes, and exits
 python handler.py --rp_serve_api   serves /run, /runsync and /status on localhost:8000
 """
 
@@ -10,23 +11,52 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-# both are read at import: the SDK's default, DEBUG, logs prompts and pictures, and transformers names what it misses
-os.environ.setdefault("RUNPOD_LOG_LEVEL", os.environ.get("RUNPOD_DEBUG_LEVEL", "INFO"))
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-import runpod
-
-from src import pipeline
-from src.engine import Engine
+from src import startup
 from src.request import JobError
 from src.settings import Settings, StartError, on_runpod
-from src.worker import Worker
+
+if TYPE_CHECKING:
+    from src.worker import Worker
 
 Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
-log = runpod.RunPodLogger()
+ENVIRONMENT = {
+    # the SDK's default, DEBUG, logs prompts and pictures
+    "RUNPOD_LOG_LEVEL": os.environ.get("RUNPOD_DEBUG_LEVEL", "INFO"),
+    # the picture painted at start proves more of the machine than the SDK's own checks, which would come after it
+    "RUNPOD_SKIP_GPU_CHECK": "true",
+    "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
+    # transformers tells at every import which optional packages are not there
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""What the libraries read from their environment, most of it at import, unless it says otherwise."""
+
+
+def make_ready(settings: Settings) -> "Worker":
+    """Imports what paints, loads the model and paints a first picture; the log tells what each took.
+
+    Raises:
+        StartError: if the model cannot be loaded.
+        JobError: if it cannot paint.
+    """
+    begun = time.monotonic()
+    startup.begin(settings)
+    # these imports are most of a cold start: they wait until the disk is at work
+    from src import pipeline
+    from src.engine import Engine
+    from src.worker import Worker
+
+    log = pipeline.log
+    log.info(f"imports: {time.monotonic() - begun:.1f} s")
+    engine = Engine(pipeline.load(settings), settings.max_batch_images)
+    loaded = time.monotonic()
+    engine.warm_up()
+    log.info(f"warm-up: {time.monotonic() - loaded:.1f} s")
+    startup.finish()
+    log.info(f"ready: {pipeline.memory_in_use()}, {time.monotonic() - begun:.1f} s in all")
+    return Worker(engine, settings)
 
 
 def keep_pictures(handle: Handler, kept: list[Path]) -> Handler:
@@ -46,7 +76,9 @@ def keep_pictures(handle: Handler, kept: list[Path]) -> Handler:
 
 def refuse_to_start(error: Exception) -> NoReturn:
     """Says why and exits with code 1. On the platform the SDK does it, and tells the host that the worker is unfit."""
-    log.error(f"the worker cannot start: {error}")
+    import runpod
+
+    runpod.RunPodLogger().error(f"the worker cannot start: {error}")
     if on_runpod():
 
         @runpod.serverless.register_fitness_check
@@ -58,16 +90,17 @@ def refuse_to_start(error: Exception) -> NoReturn:
 
 
 def main() -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
-        settings = Settings.from_environment()
-        engine = Engine(pipeline.load(settings), settings.max_batch_images)
-        started = time.monotonic()
-        engine.warm_up()
-        log.info(f"warm-up: {time.monotonic() - started:.1f} s")
+        worker = make_ready(Settings.from_environment())
     except (StartError, JobError) as error:
         refuse_to_start(error)
+    if "--check" in sys.argv:
+        return
 
-    worker = Worker(engine, settings)
+    import runpod
+
     handle, kept = worker.handle, list[Path]()
     if not on_runpod() and "--rp_serve_api" not in sys.argv:
         handle = keep_pictures(handle, kept)

@@ -30,15 +30,16 @@ def fetch(model_id: str, revision: str | None, output: Path) -> None:
         StartError: if the model cannot be had, or is not one that the worker runs.
     """
     settings = Settings(model_id=model_id, model_revision=revision)
-    path, where = weights.find(model_id, settings)
-    print(f"{model_id}: {where}, {path}")
-    pipe = StableDiffusionPipeline.from_pretrained(path, dtype=torch.float16, use_safetensors=True)
+    found = weights.find(model_id, settings)
+    print(f"{found}: {found.where}, {found.path}")
+    pipe = StableDiffusionPipeline.from_pretrained(found.path, dtype=torch.float16, use_safetensors=True)
     unfinished = output.with_name(output.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     save(pipe, unfinished)
     index = unfinished / "model_index.json"
-    # the directory remembers the model's name, which the worker tells its clients
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"_name_or_path": model_id}, indent=2) + "\n")
+    # the directory remembers what it was made from, for the worker's clients and its log
+    origin = {"_name_or_path": found.name, "_commit_hash": found.revision}
+    index.write_text(json.dumps(json.loads(index.read_text()) | origin, indent=2) + "\n")
     shutil.rmtree(output, ignore_errors=True)
     unfinished.rename(output)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())

@@ -31,8 +31,12 @@ class Model:
         return size
 
 
-def load(settings: Settings) -> Model:
-    """Finds the model and loads it: float16 straight onto the CUDA device, or float32 where there is none.
+def load(settings: Settings, dtype: torch.dtype | None = None) -> Model:
+    """Finds the model and loads it onto the CUDA device, or the CPU where there is none.
+
+    Args:
+        settings: Which model, and how.
+        dtype: Of the weights. By default float16 on a CUDA device, float32 on the CPU.
 
     Raises:
         StartError: if there is no such model, it is damaged, or it is not one that this worker runs.
@@ -42,7 +46,7 @@ def load(settings: Settings) -> Model:
         library.utils.logging.disable_progress_bar()
     # importing the SDK turns on every library's INFO lines: several for each file of a download
     logging.getLogger().setLevel(logging.WARNING)
-    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and on_runpod() and settings.model_id != DEMO_MODEL_ID:
         raise StartError(
             "no CUDA device. The endpoint needs a GPU host whose driver offers "
@@ -52,16 +56,17 @@ def load(settings: Settings) -> Model:
     model_id = settings.model_id or (DEFAULT_MODEL_ID if device == "cuda" else DEMO_MODEL_ID)
 
     started = time.monotonic()
-    path, where = weights.find(model_id, settings)
+    repository = weights.find(model_id, settings)
     found = time.monotonic()
-    log.info(f"model {model_id}: {where}, {found - started:.1f} s")
+    log.info(f"model: {repository}, {repository.where}, {found - started:.1f} s")
 
+    dtype = dtype or (torch.float16 if device == "cuda" else torch.float32)
     without: dict[str, Any] = {}
     if not settings.safety_checker:
         without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
         pipe = StableDiffusionPipeline.from_pretrained(
-            path, dtype=dtype, device_map=device, use_safetensors=True, local_files_only=True, **without
+            repository.path, dtype=dtype, device_map=device, use_safetensors=True, local_files_only=True, **without
         )
     except Exception as error:
         raise StartError(f"cannot load model {model_id}: {weights.first_line(error)}") from error
@@ -69,8 +74,16 @@ def load(settings: Settings) -> Model:
     if settings.attention_slicing != "off":
         pipe.enable_attention_slicing(settings.attention_slicing)
     log.info(
-        f"model {model_id}: loaded on {device} in {str(dtype).removeprefix('torch.')}, "
-        f"attention slicing {settings.attention_slicing}, "
+        f"weights: on {torch.cuda.get_device_name() if pipe.device.type == 'cuda' else 'the CPU'} "
+        f"in {str(dtype).removeprefix('torch.')}, attention slicing {settings.attention_slicing}, "
         f"safety checker {'on' if pipe.safety_checker else 'off'}, {time.monotonic() - found:.1f} s"
     )
-    return Model(weights.public_name(model_id, path), pipe)
+    return Model(repository.name, pipe)
+
+
+def memory_in_use() -> str:
+    """The GPU memory that is taken, by this process and any other, in words."""
+    if not torch.cuda.is_available():
+        return "no GPU"
+    free, total = torch.cuda.mem_get_info()
+    return f"{(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB of GPU memory in use"

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,47 +39,75 @@ WEIGHT_FILES = {
 }
 
 
-def find(model_id: str, settings: Settings) -> tuple[Path, str]:
-    """Finds a model's directory, downloading it where it must.
+@dataclass(frozen=True)
+class Repository:
+    """A model's directory."""
 
-    A directory is taken as it is. A hub id is looked for among RunPod's cached models, then in the Hugging Face cache,
-    then on the hub.
+    path: Path
+    where: str
+    """Where it was found, in words."""
+    name: str
+    """What clients know it by, never a path."""
+    revision: str | None
+    """The commit, where it is known."""
 
-    Returns:
-        The directory, and where it was found, in words.
+    def __str__(self) -> str:
+        return self.name + (f" at {self.revision[:12]}" if self.revision else "")
+
+
+def find(model_id: str, settings: Settings) -> Repository:
+    """Finds a model on this machine, or downloads it.
 
     Raises:
         StartError: if it is nowhere, or what is there cannot be used.
     """
+    if found := find_local(model_id, settings):
+        return found
+    path = _download(_wanted(model_id, settings), settings)
+    check(path, settings)
+    return Repository(path, "downloaded", model_id, path.name)
+
+
+def find_local(model_id: str, settings: Settings) -> Repository | None:
+    """Finds a model without a network.
+
+    A directory is taken as it is. A hub id is looked for among RunPod's cached models, then in the Hugging Face cache.
+
+    Raises:
+        StartError: if ``model_id`` is a directory that cannot be used, or cannot be a hub id.
+    """
     if model_id == DEMO_MODEL_ID:
-        return DEMO_MODEL, "embedded"
+        return Repository(DEMO_MODEL, "embedded", DEMO_MODEL_ID, None)
     local = Path(model_id).expanduser()
     if local.is_dir():
-        check(local, settings)
-        return local, "local directory"
+        index = check(local, settings)
+        # a baked directory knows the hub id that it was made from
+        origin = str(index.get("_name_or_path") or "/")
+        name = local.resolve().name if origin.startswith(("/", ".", "~")) else origin
+        return Repository(local, f"directory {local}", name, index.get("_commit_hash"))
     if model_id.startswith(("/", ".", "~")):
         raise StartError(f"MODEL_ID={model_id}: no such directory")
-
-    pinned = DEFAULT_MODEL_REVISION if model_id == DEFAULT_MODEL_ID else None
-    wanted: dict[str, Any] = {
-        "repo_id": model_id,
-        "revision": settings.model_revision or pinned,
-        "allow_patterns": NEEDED_FILES,
-        "ignore_patterns": None if settings.safety_checker else ["safety_checker/*", "feature_extractor/*"],
-    }
     for cache, where in ((RUNPOD_CACHE, "RunPod's cached models"), (None, "Hugging Face cache")):
         try:
-            path = Path(snapshot_download(**wanted, cache_dir=cache, local_files_only=True))
+            path = Path(snapshot_download(**_wanted(model_id, settings), cache_dir=cache, local_files_only=True))
             check(path, settings)
-            return path, where
+            return Repository(path, where, model_id, path.name)
         except HFValidationError:
             hint = f"neither a directory nor a hub id such as {DEFAULT_MODEL_ID}"
             raise StartError(f"MODEL_ID={model_id}: {hint}") from None
         except (LocalEntryNotFoundError, StartError):
             continue
-    path = _download(wanted, settings)
-    check(path, settings)
-    return path, "downloaded"
+    return None
+
+
+def _wanted(model_id: str, settings: Settings) -> dict[str, Any]:
+    pinned = DEFAULT_MODEL_REVISION if model_id == DEFAULT_MODEL_ID else None
+    return {
+        "repo_id": model_id,
+        "revision": settings.model_revision or pinned,
+        "allow_patterns": NEEDED_FILES,
+        "ignore_patterns": None if settings.safety_checker else ["safety_checker/*", "feature_extractor/*"],
+    }
 
 
 def _download(wanted: dict[str, Any], settings: Settings) -> Path:
@@ -100,8 +129,17 @@ def _download(wanted: dict[str, Any], settings: Settings) -> Path:
         raise StartError(f"cannot download {name}: {first_line(error)}") from error
 
 
-def check(path: Path, settings: Settings) -> None:
+def weight_files(path: Path, settings: Settings) -> list[Path]:
+    """The files that hold the weights which the worker loads from a model's directory."""
+    skipped = () if settings.safety_checker else ("safety_checker",)
+    return [path / component / file for component, file in WEIGHT_FILES.items() if component not in skipped]
+
+
+def check(path: Path, settings: Settings) -> dict[str, Any]:
     """Sees to it that a directory holds a Stable Diffusion pipeline in safetensors, without reading the weights.
+
+    Returns:
+        What its model_index.json holds.
 
     Raises:
         StartError: naming what is missing or of the wrong kind.
@@ -115,28 +153,20 @@ def check(path: Path, settings: Settings) -> None:
     kind = index.get("_class_name") if isinstance(index, dict) else None
     if kind != PIPELINE:
         raise StartError(f"{path} is a {kind}, this worker runs a {PIPELINE}")
-    for component, weights in WEIGHT_FILES.items():
-        absent = index.get(component, [None])[0] is None
-        if component == "safety_checker" and (absent or not settings.safety_checker):
+    for file in weight_files(path, settings):
+        component = file.parent.name
+        if component == "safety_checker" and index.get(component, [None])[0] is None:
             continue
-        file = path / component / weights
         if os.access(file, os.R_OK):
             continue
         if file.exists():
             reason = "it may not be read by this user"
-        elif any((path / component).glob("*.bin")):
+        elif any(file.parent.glob("*.bin")):
             reason = "there are only pickled weights (.bin), which can run code when loaded"
         else:
             reason = "it is missing"
         raise StartError(f"cannot use {file}: {reason}")
-
-
-def public_name(model_id: str, path: Path) -> str:
-    """The model's name for clients, without a path: a baked directory knows the hub id that it was made from."""
-    if not Path(model_id).expanduser().is_dir():
-        return model_id
-    origin = json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("_name_or_path")
-    return str(origin) if origin and not str(origin).startswith(("/", ".", "~")) else path.resolve().name
+    return dict(index)
 
 
 def first_line(error: Exception) -> str:

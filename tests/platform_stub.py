@@ -256,8 +256,6 @@ class Platform:
             "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$RUNPOD_POD_ID/$ID?gpu=none",
             "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID",
             "RUNPOD_PING_INTERVAL": "2000",
-            "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
-            "RUNPOD_SKIP_GPU_CHECK": "true",
         } | settings
         command = command or [sys.executable, str(HANDLER)]
         process = subprocess.Popen(command, env=os.environ | environment, cwd=HANDLER.parent, start_new_session=True)

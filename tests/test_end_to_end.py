@@ -38,7 +38,7 @@ def test_the_bare_command_paints_the_test_input(tmp_path: Path):
     assert painted.text["parameters"].startswith(
         f"{BASELINES_PROMPT}\nSteps: 50, Sampler: DDIM, CFG scale: 7.5, Seed: "
     )
-    assert "model demo: embedded" in ran.stdout
+    assert "model: demo, embedded" in ran.stdout
     assert "Traceback" not in ran.stderr
 
 

@@ -150,7 +150,7 @@ def find(environment: dict[str, str], *, runpod_cache: Path | None = None) -> st
     code = (
         "from pathlib import Path; from src import weights; from src.settings import Settings, StartError\n"
         f"weights.RUNPOD_CACHE = Path({str(runpod_cache or '/nowhere')!r})\n"
-        f"try: print(weights.find({REPO!r}, Settings.from_environment())[1])\n"
+        f"try: print(weights.find({REPO!r}, Settings.from_environment()).where)\n"
         "except StartError as error: print('refused:', error)"
     )
     command = [sys.executable, "-c", code]

@@ -12,6 +12,7 @@ import time
 import runpod
 from PIL import Image
 
+from handler import ENVIRONMENT
 from src import pipeline
 from src.engine import Engine, Progress
 from src.output import Picture, job_output
@@ -64,7 +65,7 @@ def measure(kind: str, jobs: int, seconds: float, concurrency: int | None) -> fl
     with serving() as platform:
         command = [sys.executable, "-m", "tests.bench.worker_loop", "--serve", kind, "--seconds", str(seconds)]
         settings = {"MAX_CONCURRENCY": str(concurrency)} if concurrency else {}
-        name = platform.start_worker(command, **settings)
+        name = platform.start_worker(command, **ENVIRONMENT, **settings)
         client = Client(platform)
         until(lambda: platform.workers[name].pings)
         client.finished(client.run())

@@ -1,0 +1,68 @@
+"""What a cold start will wait for, begun at once and in the background, while the imports keep one core busy."""
+
+import ctypes
+import gc
+import importlib
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from src import weights
+from src.settings import DEFAULT_MODEL_ID, Settings, on_runpod
+
+
+def begin(settings: Settings) -> None:
+    """Starts what needs no import of PyTorch: reading the weights, making the CUDA context, importing the SDK.
+
+    Until ``finish`` nothing collects garbage: of the hundreds of thousands of objects that imports make, all stay.
+
+    Raises:
+        StartError: if the model is a directory that cannot be used.
+    """
+    # elsewhere the default model is known only when PyTorch has looked for a device
+    model_id = settings.model_id or (DEFAULT_MODEL_ID if on_runpod() else None)
+    found = weights.find_local(model_id, settings) if model_id else None
+    gc.disable()
+    if found:
+        _in_background(_read_ahead, weights.weight_files(found.path, settings))
+    _in_background(_make_cuda_context)
+    # a second of the SDK's import is a look at the processor in a subprocess
+    _in_background(importlib.import_module, "runpod")
+
+
+def finish() -> None:
+    """Turns the garbage collector on again; what is there by now stays, and is never looked through again."""
+    gc.freeze()
+    gc.enable()
+
+
+def _in_background(work: Callable[..., Any], *arguments: Any) -> None:
+    threading.Thread(target=work, args=arguments, daemon=True).start()
+
+
+def _read_ahead(files: Iterable[Path]) -> None:
+    """Reads ``files`` once, so that they are in the page cache when the pipeline maps them.
+
+    Nothing depends on it, and posix_fadvise, which would do without a buffer, reads only as far as the kernel likes.
+    """
+    buffer = bytearray(4 * 2**20)
+    with suppress(OSError):
+        for file in files:
+            with file.open("rb", buffering=0) as opened:
+                while opened.readinto(buffer):
+                    pass
+
+
+def _make_cuda_context() -> None:
+    """Makes the first CUDA device's primary context, which PyTorch then finds made; without a driver, does nothing.
+
+    ctypes calls the driver without Python's lock, so that the imports go on meanwhile.
+    """
+    with suppress(OSError):
+        cuda = ctypes.CDLL("libcuda.so.1")
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        # each returns CUDA_SUCCESS, which is 0, or an error that PyTorch will meet again and tell
+        if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0:
+            cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)

@@ -1,0 +1,181 @@
+"""What a cold start takes: ``python -m tests.bench.cold_start``.
+
+From the start of the process to ready for the first job, with a full-size v1-4 of random weights: the baseline's way
+(import everything, load the float32 repository, cast it) against this worker's (``handler.py`` with the baked float16
+model), in turns, with the page cache dropped and warm. On a CUDA device the weights end there, and this worker's start
+includes its first picture. Elsewhere both end in float16 in memory, every page touched, and nothing is painted.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parents[2]
+TARGETS = {"dropped": 0.45, "warm": 0.55}
+Marks = dict[str, float]
+"""What has been done by when, in seconds of the system's monotonic clock."""
+
+
+def baseline(model: str, done: Callable[[str], None]) -> None:
+    import runpod  # noqa: F401
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    done("imports")
+    pipe = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float16)
+    pipe = pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.enable_attention_slicing()
+    touch(pipe)
+    done("weights")
+
+
+def worker(model: str, done: Callable[[str], None]) -> None:
+    """What ``handler.make_ready`` does, import by import."""
+    import handler
+    from src import startup
+    from src.settings import Settings
+
+    os.environ.update(handler.ENVIRONMENT)
+    settings = Settings(model_id=model)
+    startup.begin(settings)
+    done("settings, model found")
+    import torch
+
+    done("import torch")
+    import diffusers
+    import transformers
+
+    # both import their parts when they are asked for
+    assert diffusers.StableDiffusionPipeline
+    assert transformers.CLIPTextModel
+    done("import diffusers, transformers")
+    import runpod  # noqa: F401
+
+    done("import runpod, begun in the background")
+    from src import pipeline
+    from src.engine import Engine
+    from src.worker import Worker
+
+    done("the worker's own imports")
+    model = pipeline.load(settings, torch.float16)
+    touch(model.pipe)
+    done("weights")
+    engine = Engine(model, settings.max_batch_images)
+    if torch.cuda.is_available():
+        engine.warm_up()
+        done("warm-up")
+    startup.finish()
+    Worker(engine, settings)
+
+
+def touch(pipe: object) -> None:
+    """Waits until all weights are there: on a CPU they may be no more than mapped."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.synchronize()
+    for model in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.safety_checker):
+        for weights in model.parameters():
+            # one number of each page
+            weights.flatten()[::2048].sum()
+
+
+def start(way: str, model: Path) -> Marks:
+    """Starts a process and returns the seconds that each part of its start took."""
+    begun = time.monotonic()
+    command = [sys.executable, "-m", "tests.bench.cold_start", "--way", way, "--model", model]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if ran.returncode:
+        sys.exit(ran.stderr)
+    marks: Marks = json.loads(ran.stdout.splitlines()[-1])
+    times = [begun, *marks.values()]
+    return {name: after - before for name, before, after in zip(marks, times, times[1:], strict=False)}
+
+
+def be(way: str, model: str) -> None:
+    marks: Marks = {"interpreter": time.monotonic()}
+
+    def done(what: str) -> None:
+        marks[what] = time.monotonic()
+
+    {"baseline": baseline, "worker": worker}[way](model, done)
+    print(json.dumps(marks), flush=True)
+    # how long the process takes to end is nobody's wait
+    os._exit(0)
+
+
+def make(folder: Path) -> None:
+    """Writes the model as the hub has it, and as it is baked into the image."""
+    from builder.fetch_model import fetch
+    from tests.v1_4 import FULL, make_repository
+
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        make_repository(Path(unfinished) / "hub", FULL).rename(folder / "hub")
+    fetch(str(folder / "hub"), None, folder / "baked")
+
+
+def drop_page_cache() -> None:
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what a cold start takes.")
+    parser.add_argument("--runs", type=int, default=5, help="starts of each kind")
+    default = Path(tempfile.gettempdir()) / "stable-diffusion-v1-4-random"
+    parser.add_argument("--models", type=Path, default=default, help="where the models are made, once: 8 GB")
+    parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        return be(arguments.way, arguments.model)
+    models: Path = arguments.models
+    if arguments.make:
+        return make(models)
+    models.mkdir(exist_ok=True)
+    if not (models / "baked").is_dir():
+        # in a process of its own, whose memory is free again before anything is measured
+        command = [sys.executable, "-m", "tests.bench.cold_start", "--make", "--models", models]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+    caches = ["dropped", "warm"]
+    try:
+        drop_page_cache()
+    except OSError as error:
+        print(f"the page cache cannot be dropped here: {error}")
+        caches.remove("dropped")
+    runs: dict[tuple[str, str], list[Marks]] = {}
+    for cache in caches:
+        for run in range(arguments.runs + (cache == "warm")):
+            for way, model in (("baseline", models / "hub"), ("worker", models / "baked")):
+                if cache == "dropped":
+                    drop_page_cache()
+                taken = start(way, model)
+                # the first of the warm ones warms the cache
+                if cache == "dropped" or run:
+                    runs.setdefault((way, cache), []).append(taken)
+
+    def total(way: str, cache: str) -> float:
+        return median(sum(run.values()) for run in runs[way, cache])
+
+    print(f"{'page cache':<16}{'baseline':>12}{'this worker':>14}{'ratio':>8}{'target':>9}")
+    for cache in caches:
+        ours, theirs = total("worker", cache), total("baseline", cache)
+        print(f"{cache:<16}{theirs:>10.1f} s{ours:>12.1f} s{ours / theirs:>8.2f}{TARGETS[cache]:>9}")
+    print()
+    print(f"{'part of this worker: share of its start':<42}" + "".join(f"{cache:>10}" for cache in caches))
+    for part in runs["worker", caches[0]][0]:
+        shares = [median(run[part] for run in runs["worker", cache]) / total("worker", cache) for cache in caches]
+        print(f"{part:<42}" + "".join(f"{share:>10.0%}" for share in shares))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What a start does, in what order, and what it says."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from src import startup
+from src.settings import Settings, StartError
+from tests.bench import cold_start
+from tests.test_end_to_end import run_handler
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str) -> str:
+    """What ``code`` prints in a process of its own, where nothing is imported yet."""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+
+
+def test_a_start_can_be_tried_without_a_job_and_says_what_it_took(repository: Path, tmp_path: Path):
+    ran = run_handler(tmp_path, "--check", MODEL_ID=str(repository), MAX_CONCURRENCY="1")
+    assert ran.returncode == 0
+    assert re.fullmatch(
+        r"INFO   \| imports: \d+\.\d s\n"
+        rf"INFO   \| model: {repository.name}, directory {repository}, \d+\.\d s\n"
+        r"INFO   \| weights: on the CPU in float32, attention slicing auto, safety checker on, \d+\.\d s\n"
+        r"INFO   \| warm-up: \d+\.\d s\n"
+        r"INFO   \| ready: no GPU, \d+\.\d s in all\n",
+        ran.stdout,
+    )
+    assert ran.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_fails_where_a_start_would(tmp_path: Path):
+    assert run_handler(tmp_path, "--check", MODEL_ID=str(tmp_path)).returncode == 1
+
+
+def test_nothing_heavy_is_imported_before_the_disk_is_at_work():
+    heavy = {"torch", "diffusers", "transformers", "runpod"}
+    imported = set(python("import handler, sys; print(*sys.modules)").split())
+    assert not heavy & imported
+
+
+def test_what_waits_is_begun_in_the_background_and_garbage_is_collected_only_afterwards():
+    code = (
+        "import gc, sys, threading, time\n"
+        "from src import startup\n"
+        "from src.settings import Settings\n"
+        "startup.begin(Settings(model_id='demo'))\n"
+        "assert not gc.isenabled()\n"
+        "for thread in threading.enumerate()[1:]: thread.join()\n"
+        "assert 'runpod' in sys.modules\n"
+        "startup.finish()\n"
+        "assert gc.isenabled() and gc.get_freeze_count()\n"
+        "print('torch' in sys.modules)\n"
+    )
+    assert python(code) == "False\n"
+
+
+def test_a_model_that_cannot_be_is_refused_before_the_imports(tmp_path: Path):
+    with pytest.raises(StartError, match="it has no model_index"):
+        startup.begin(Settings(model_id=str(tmp_path)))
+
+
+def test_files_that_are_read_ahead_are_in_the_page_cache(tmp_path: Path):
+    path = tmp_path / "weights"
+    with path.open("wb") as file:
+        file.write(os.urandom(8 * 2**20))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with path.open("rb") as file:
+
+        def is_cached() -> bool:
+            # at the end, which the kernel's own read-ahead of the beginning does not reach
+            try:
+                return os.preadv(file.fileno(), [bytearray(4096)], 8 * 2**20 - 4096, os.RWF_NOWAIT) == 4096
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                pytest.skip(f"this file system does not say what is cached: {error}")
+
+        assert not is_cached()
+        startup._read_ahead([path, tmp_path / "missing"])
+        assert is_cached()
+
+
+@pytest.mark.parametrize("way", ["baseline", "worker"])
+def test_the_bench_measures_a_start(way: str, repository: Path):
+    taken = cold_start.start(way, repository)
+    assert {"interpreter", "weights"} <= set(taken)
+    assert all(seconds >= 0 for seconds in taken.values())
