@@ -31,17 +31,22 @@ def fetch(model_id: str, revision: str | None, output: Path) -> None:
     """
     settings = Settings(model_id=model_id, model_revision=revision)
     found = weights.find(model_id, settings)
-    print(f"{found}: {found.where}, {found.path}")
-    pipe = StableDiffusionPipeline.from_pretrained(found.path, dtype=torch.float16, use_safetensors=True)
+    print(f"{found}: {found.where}, {found.path}", flush=True)
     unfinished = output.with_name(output.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    save(pipe, unfinished)
-    index = unfinished / "model_index.json"
-    # the directory remembers what it was made from, for the worker's clients and its log
-    origin = {"_name_or_path": found.name, "_commit_hash": found.revision}
-    index.write_text(json.dumps(json.loads(index.read_text()) | origin, indent=2) + "\n")
-    shutil.rmtree(output, ignore_errors=True)
-    unfinished.rename(output)
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(found.path, dtype=torch.float16, use_safetensors=True)
+        save(pipe, unfinished)
+        index = unfinished / "model_index.json"
+        # the directory remembers what it was made from, for the worker's clients and its log
+        origin = {"_name_or_path": found.name, "_commit_hash": found.revision}
+        index.write_text(json.dumps(json.loads(index.read_text()) | origin, indent=2) + "\n")
+        shutil.rmtree(output, ignore_errors=True)
+        unfinished.rename(output)
+    except Exception as error:
+        raise StartError(f"cannot save it in float16: {weights.first_line(error)}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     print(f"{output}: {size / 2**20:.0f} MiB")
 
@@ -49,7 +54,7 @@ def fetch(model_id: str, revision: str | None, output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Download a model and save it in float16.")
     parser.add_argument("--model", default=DEFAULT_MODEL_ID, help="hub id")
-    parser.add_argument("--revision", help="hub revision")
+    parser.add_argument("--revision", help="hub revision; by default a pinned one for the default model")
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     arguments = parser.parse_args()
     try:

@@ -159,13 +159,8 @@ def check(path: Path, settings: Settings) -> dict[str, Any]:
             continue
         if os.access(file, os.R_OK):
             continue
-        if file.exists():
-            reason = "it may not be read by this user"
-        elif any(file.parent.glob("*.bin")):
-            reason = "there are only pickled weights (.bin), which can run code when loaded"
-        else:
-            reason = "it is missing"
-        raise StartError(f"cannot use {file}: {reason}")
+        missing = "it is missing (pickled weights, .bin, can run code when loaded: they are not read)"
+        raise StartError(f"cannot use {file}: {'it may not be read by this user' if file.exists() else missing}")
     return dict(index)
 
 

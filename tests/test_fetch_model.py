@@ -1,33 +1,40 @@
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from src import pipeline
-from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION, Settings
+from src import pipeline, weights
+from src.settings import DEFAULT_MODEL_ID, Settings
 from tests import hub
 
 ROOT = Path(__file__).parents[1]
+REPO = "someone/tiny"
 
 
-def fetch(output: Path, address: str, home: Path, revision: str = hub.REVISION) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "builder.fetch_model", "--model", "someone/tiny", "--revision", revision]
+def fetch(
+    output: Path, address: str, home: Path, *, revision: str = hub.REVISION, around: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command; ``around`` is a shell's, with ``"$@"`` where the command goes."""
+    command = [sys.executable, "-m", "builder.fetch_model", "--model", REPO, "--revision", revision]
     return subprocess.run(
-        [*command, "--output", output],
+        [*(["sh", "-c", around, "sh"] if around else []), *command, "--output", output],
         cwd=ROOT,
-        env=os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(home)},
+        env=os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(home)} | environment,
         text=True,
         capture_output=True,
     )
 
 
-def test_a_model_is_baked_in_float16_and_remembers_its_name(repository: Path, tmp_path: Path):
+def test_a_model_is_baked_in_float16_and_remembers_its_origin(repository: Path, tmp_path: Path):
     output = tmp_path / "model"
-    with hub.serve("someone/tiny", repository) as (address, fetched):
+    with hub.serve(REPO, repository) as (address, fetched):
         ran = fetch(output, address, tmp_path / "home")
     assert ran.returncode == 0, ran.stderr
     assert not [name for name in fetched if name.endswith(".bin")]
@@ -36,25 +43,89 @@ def test_a_model_is_baked_in_float16_and_remembers_its_name(repository: Path, tm
     assert all(path.stat().st_mode & 0o004 for path in output.rglob("*")), "the image's user cannot read it"
     tensors = load_file(output / "unet" / "diffusion_pytorch_model.safetensors").values()
     assert {tensor.dtype for tensor in tensors} == {torch.float16}
-    model = pipeline.load(Settings(model_id=str(output)))
-    assert model.name == "someone/tiny"
-    assert model.pipe.safety_checker is not None
+    found = weights.find(str(output), Settings())
+    assert (found.name, found.revision) == (REPO, hub.REVISION)
+    assert pipeline.load(Settings(model_id=str(output))).pipe.safety_checker is not None
 
 
-def test_a_failed_fetch_says_why_and_leaves_nothing(repository: Path, tmp_path: Path):
-    with hub.serve("someone/tiny", repository) as (address, _):
-        ran = fetch(tmp_path / "model", address, tmp_path / "home", revision="nope")
+def test_a_gated_model_is_fetched_with_a_token_that_is_kept_nowhere(repository: Path, tmp_path: Path):
+    (tmp_path / "token").write_text("hf_right\n")
+    with hub.serve(REPO, repository, token="hf_right") as (address, _):
+        ran = fetch(tmp_path / "model", address, tmp_path / "home", HF_TOKEN_PATH=str(tmp_path / "token"))
+    assert ran.returncode == 0, ran.stderr
+    (tmp_path / "token").unlink()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if b"hf_right" in path.read_bytes()]
+    assert "hf_right" not in ran.stdout + ran.stderr
+
+
+def without_safetensors(folder: Path) -> None:
+    for path in folder.rglob("*.safetensors"):
+        path.unlink()
+
+
+def with_a_damaged_file(folder: Path) -> None:
+    (folder / "vae" / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "token", "revision", "said"),
+    [
+        (None, None, "nope", f"{REPO} at revision nope: the hub has no such revision"),
+        (
+            None,
+            "hf_right",
+            hub.REVISION,
+            f"{REPO} at revision {hub.REVISION} is gated: accept its licence on the hub and",
+        ),
+        (without_safetensors, None, hub.REVISION, r"cannot use .*: it is missing \(pickled weights"),
+        (
+            lambda folder: (folder / "vae/config.json").write_text("{"),
+            None,
+            hub.REVISION,
+            "cannot save it in float16: ",
+        ),
+    ],
+)
+def test_a_failed_fetch_says_why_and_leaves_nothing(
+    repository: Path, tmp_path: Path, damage: Callable | None, token: str | None, revision: str, said: str
+):
+    folder, output = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "output"
+    if damage:
+        damage(folder)
+    output.mkdir()
+    with hub.serve(REPO, folder, token=token) as (address, _):
+        ran = fetch(output / "model", address, tmp_path / "home", revision=revision, HF_TOKEN="hf_wrong")
     assert ran.returncode == 1
-    assert ran.stderr.splitlines()[-1] == (
-        "cannot fetch someone/tiny: someone/tiny at revision nope: the hub has no such revision"
-    )
-    assert not (tmp_path / "model").exists()
+    assert re.match(f"cannot fetch {REPO}: {said}", ran.stderr.splitlines()[-1])
+    assert list(output.iterdir()) == []
+
+
+def test_a_full_disk_is_told_and_nothing_half_baked_stays(repository: Path, tmp_path: Path):
+    mount = "mount -t tmpfs -o size=500k none output"
+    if subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", mount.replace("output", "/mnt")]
+    ).returncode:
+        pytest.skip("no file system can be mounted here")
+    (tmp_path / "output").mkdir()
+    around = f'cd {tmp_path} && {mount} && cd {ROOT} && "$@"; echo $?; ls -A {tmp_path}/output'
+    with hub.serve(REPO, repository) as (address, _):
+        ran = fetch(
+            tmp_path / "output" / "model",
+            address,
+            tmp_path / "home",
+            around=f"exec unshare --map-root-user --mount sh -c '{around}' sh \"$@\"",
+        )
+    assert ran.stdout.splitlines()[-1] == "1"
+    assert re.match(f"cannot fetch {REPO}: cannot save it in float16: .*No space left", ran.stderr.splitlines()[-1])
 
 
 def test_the_dockerfile_bakes_the_default_model_and_copies_what_the_context_holds():
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert f"ARG MODEL_ID={DEFAULT_MODEL_ID}\n" in dockerfile
-    assert f"ARG MODEL_REVISION={DEFAULT_MODEL_REVISION}\n" in dockerfile
+    # of the default model the fetch knows which
+    assert "ARG MODEL_REVISION=\n" in dockerfile
     let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = {name for line in re.findall(r"^COPY (.+) \S+$", dockerfile, re.M) for name in line.split()}
     for name in copied:

@@ -113,8 +113,8 @@ def another_kind(folder: Path) -> None:
         (remove("model_index.json"), "not a diffusers pipeline: it has no model_index.json"),
         (truncate("model_index.json"), "cannot read"),
         (another_kind, "is a StableDiffusionXLPipeline, this worker runs a StableDiffusionPipeline"),
-        (remove("unet/diffusion_pytorch_model.safetensors"), "only pickled weights"),
-        (remove("safety_checker/model.safetensors"), "only pickled weights"),
+        (remove("unet/diffusion_pytorch_model.safetensors"), "it is missing (pickled"),
+        (remove("safety_checker/model.safetensors"), "it is missing (pickled"),
         (lambda folder: shutil.rmtree(folder / "vae"), "vae/diffusion_pytorch_model.safetensors: it is missing"),
         (truncate("unet/diffusion_pytorch_model.safetensors"), "cannot load model"),
         (truncate("text_encoder/model.safetensors"), "cannot load model"),
@@ -175,6 +175,20 @@ def test_a_hub_id_is_downloaded_once_and_then_found_in_the_cache(repository: Pat
     assert find(offline, runpod_cache=tmp_path / "hub") == "RunPod's cached models\n"
 
 
+def test_a_broken_download_goes_on_where_it_broke(copy: Path, tmp_path: Path):
+    # as much as the hub's library keeps in memory before it writes, and more
+    big = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    big.write_bytes(os.urandom(24 * 2**20))
+    with hub.serve(REPO, copy, breaks_off="unet/diffusion_pytorch_model.safetensors") as (address, fetched):
+        assert find({"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}) == "downloaded\n"
+    assert [name for name in fetched if name.startswith("unet/diff")] == [
+        "unet/diffusion_pytorch_model.safetensors",
+        f"unet/diffusion_pytorch_model.safetensors:{10 * 2**20}",
+    ]
+    (downloaded,) = (tmp_path / "home").glob(f"hub/*/snapshots/{hub.REVISION}/unet/{big.name}")
+    assert downloaded.read_bytes() == big.read_bytes()
+
+
 def test_what_the_hub_refuses_is_told_in_one_line(repository: Path, tmp_path: Path):
     home = {"HF_HOME": str(tmp_path)}
     with hub.serve(REPO, repository) as (address, _):
@@ -183,7 +197,7 @@ def test_what_the_hub_refuses_is_told_in_one_line(repository: Path, tmp_path: Pa
         )
     with hub.serve("someone/else", repository) as (address, _):
         assert "the hub has no such model, or it is private" in find(home | {"HF_ENDPOINT": address})
-    with hub.serve(REPO, repository, gated=True) as (address, _):
+    with hub.serve(REPO, repository, token="hf_other") as (address, _):
         said = find(home | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_secret"})
         assert said == f"refused: {REPO} is gated: accept its licence on the hub and set HF_TOKEN\n"
     assert "the hub cannot be reached" in find(home | {"HF_ENDPOINT": "http://127.0.0.1:9"})
