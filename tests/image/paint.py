@@ -1,4 +1,4 @@
-"""Paints a picture through the platform's stand-in with a worker from an image: ``python -m tests.image.paint CONTAINER``.
+"""Paints through the platform's stand-in with a worker from an image: ``python -m tests.image.paint CONTAINER``.
 
 CONTAINER is a working container of buildah's.
 """
