@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 token=hf_for_this_build_alone
-export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot TRANSFORMERS_VERBOSITY=error
+export BUILDAH_ISOLATION=chroot TRANSFORMERS_VERBOSITY=error
 
 work=$(mktemp -d)
 container=

@@ -14,7 +14,7 @@ WEBHOOKS = [f"RUNPOD_WEBHOOK_{name}" for name in ("GET_JOB", "POST_OUTPUT", "POS
 
 def main(container: str) -> None:
     variables = [f"--env={name}" for name in (*PASSED_ON, *WEBHOOKS)]
-    command = ["buildah", "run", "--isolation", "chroot", *variables, container, "--", "python", "handler.py"]
+    command = ["buildah", "run", *variables, container, "--", "python", "handler.py"]
     with serving() as platform:
         platform.start_worker(command)
         output = Client(platform).finished(Client(platform).run(prompt="a red circle on a blue background"))["output"]
