@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from src import pipeline, weights
-from src.settings import DEFAULT_MODEL_ID, Settings
+from src.settings import Settings
 from tests import hub
 
 ROOT = Path(__file__).parents[1]
@@ -119,24 +119,3 @@ def test_a_full_disk_is_told_and_nothing_half_baked_stays(repository: Path, tmp_
         )
     assert ran.stdout.splitlines()[-1] == "1"
     assert re.match(f"cannot fetch {REPO}: cannot save it in float16: .*No space left", ran.stderr.splitlines()[-1])
-
-
-def test_the_dockerfile_bakes_the_default_model_and_copies_what_the_context_holds():
-    dockerfile = (ROOT / "Dockerfile").read_text()
-    assert f"ARG MODEL_ID={DEFAULT_MODEL_ID}\n" in dockerfile
-    # of the default model the fetch knows which
-    assert "ARG MODEL_REVISION=\n" in dockerfile
-    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    copied = {name for line in re.findall(r"^COPY (.+) \S+$", dockerfile, re.M) for name in line.split()}
-    for name in copied:
-        assert (ROOT / name).exists()
-        assert any(name == allowed or name.startswith(f"{allowed}/") for allowed in let_in), name
-
-
-def test_every_requirement_is_pinned_as_the_image_has_it():
-    required = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
-    pinned = (ROOT / "builder" / "constraints.txt").read_text().lower().splitlines()
-    assert required
-    for line in required:
-        assert re.fullmatch(r"[\w-]+==[\d.]+", line)
-        assert line in pinned

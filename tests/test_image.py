@@ -1,0 +1,106 @@
+"""What the Dockerfile builds, step by step and without an image; tests/image/build.sh builds it for real."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from builder import image_size
+from src.settings import DEFAULT_MODEL_ID
+from tests import hub
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
+
+
+def copied() -> list[tuple[str, str]]:
+    """Each source that is copied, and where to, in order."""
+    lines = re.findall(r"^COPY (.+) (\S+)$", DOCKERFILE, re.M)
+    return [(source, target) for sources, target in lines for source in sources.split()]
+
+
+def variables(instruction: str) -> dict[str, str]:
+    """What ``ENV`` or ``ARG`` sets."""
+    return dict(re.findall(r"(\w+)=(\S*)", " ".join(re.findall(rf"^{instruction} (.+)$", DOCKERFILE, re.M))))
+
+
+def test_what_is_copied_is_there_and_let_in():
+    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for name, _ in copied():
+        assert (ROOT / name).exists()
+        assert any(name == allowed or name.startswith(f"{allowed}/") for allowed in let_in), name
+
+
+def test_another_model_is_one_flag_away():
+    # the fetch knows the revision of the default model
+    assert variables("ARG").items() >= {"MODEL_ID": DEFAULT_MODEL_ID, "MODEL_REVISION": ""}.items()
+
+
+def test_every_requirement_is_pinned_as_the_image_has_it():
+    required = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    pinned = (ROOT / "builder" / "constraints.txt").read_text().lower().splitlines()
+    assert required
+    for line in required:
+        assert re.fullmatch(r"[\w-]+==[\d.]+", line)
+        assert line in pinned
+
+
+def test_what_is_copied_suffices_to_fetch_a_model_and_to_start_with_it(repository: Path, tmp_path: Path):
+    app, model = tmp_path / "app", tmp_path / "model"
+    app.mkdir()
+
+    def run(command: list[str], **environment: str) -> str:
+        environment = os.environ | {"HF_HOME": str(tmp_path / "huggingface")} | environment
+        ran = subprocess.run(command, cwd=app, env=environment, text=True, capture_output=True)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    def copy(source: str, target: str) -> None:
+        if (ROOT / source).is_dir():
+            shutil.copytree(ROOT / source, app / target, dirs_exist_ok=True)
+        else:
+            (app / target).mkdir(exist_ok=True)
+            shutil.copy(ROOT / source, app / target)
+
+    files = copied()
+    before = [pair for pair in files if pair[0] not in ("handler.py", "test_input.json", "src")]
+    for pair in before:
+        copy(*pair)
+    (fetch,) = re.findall(r"python (-m builder\.fetch_model .+)$", DOCKERFILE, re.M)
+    values = {"$MODEL_ID": "someone/tiny", "$MODEL_REVISION": "", "/model": str(model)}
+    arguments = [values.get(word, word) for word in shlex.split(fetch)]
+    with hub.serve("someone/tiny", repository) as (address, _):
+        run([sys.executable, *arguments], HF_ENDPOINT=address)
+    for pair in files[len(before) :]:
+        copy(*pair)
+    settings = variables("ENV")
+    assert settings.pop("MODEL_ID") == "/model"
+    assert settings["HF_HUB_OFFLINE"] == "1"
+    (command,) = re.findall(r"^CMD (.+)$", DOCKERFILE, re.M)
+    told = run(
+        [sys.executable, *json.loads(command)[1:], "--check"], **settings | {"MODEL_ID": str(model), "HOME": str(app)}
+    )
+    assert f"model: someone/tiny at {hub.REVISION[:12]}, directory {model}" in told
+    assert "ready: " in told
+
+
+def test_the_containers_disk_has_room_for_what_the_image_holds():
+    (total,) = re.findall(r"^\| all \| ([\d.]+) \|$", (ROOT / "README.md").read_text(), re.M)
+    disk = json.loads((ROOT / ".runpod" / "hub.json").read_text())["config"]["containerDiskInGb"]
+    assert disk == image_size.container_disk(round(float(total) * 1e9))
+    assert f"container disk: {disk} GB" in (ROOT / "README.md").read_text()
+
+
+def test_an_images_bytes_are_counted_by_part(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(image_size, "PARTS", {"inner": tmp_path / "inner", "all else": tmp_path})
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "a").write_bytes(bytes(10))
+    (tmp_path / "b").write_bytes(bytes(5))
+    (tmp_path / "link").symlink_to("b")
+    monkeypatch.setattr(image_size, "ELSEWHERE", ("/proc",))
+    assert image_size.sizes(tmp_path) == {"inner": 10, "all else": 5}
+    assert [image_size.container_disk(size) for size in (10**9, 6 * 10**9 + 1)] == [5, 15]
