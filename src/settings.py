@@ -35,6 +35,9 @@ class Settings(BaseModel):
     attention_slicing: Literal["auto", "max", "off"] = Field(
         "auto", description="`auto`, `max` or `off`: attention in slices, which needs less memory"
     )
+    acceleration: Literal["off", "graphs"] = Field(
+        "off", description="`off` or `graphs`: the UNet by CUDA graphs, which need more memory"
+    )
     safety_checker: bool = Field(True, description="`true` or `false`: the model's safety checker")
     max_concurrency: int = Field(
         2, ge=1, le=100, description="Jobs the worker holds at once: one on the device, the rest ready"

@@ -64,6 +64,12 @@ def demo_engine(demo_model: Model) -> Engine:
 
 
 @pytest.fixture(autouse=True)
+def gpu(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
 def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No test sees the machine's own settings or Hugging Face cache."""
     for name in (*(name.upper() for name in Settings.model_fields), "RUNPOD_WEBHOOK_GET_JOB"):

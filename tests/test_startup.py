@@ -27,7 +27,7 @@ def test_a_start_can_be_tried_without_a_job_and_says_what_it_took(repository: Pa
     assert re.fullmatch(
         r"INFO   \| imports: \d+\.\d s\n"
         rf"INFO   \| model: {repository.name}, directory {repository}, \d+\.\d s\n"
-        r"INFO   \| weights: on the CPU in float32, attention slicing auto, safety checker on, \d+\.\d s\n"
+        r"INFO   \| weights: on the CPU in float32, attention slicing auto, CUDA graphs off, safety checker on, \d+\.\d s\n"
         r"INFO   \| warm-up: \d+\.\d s\n"
         r"INFO   \| ready: no GPU, \d+\.\d s in all\n",
         ran.stdout,
