@@ -10,7 +10,6 @@ import pytest
 
 from src import startup
 from src.settings import Settings, StartError
-from tests.bench import cold_start
 from tests.test_end_to_end import run_handler
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +26,8 @@ def test_a_start_can_be_tried_without_a_job_and_says_what_it_took(repository: Pa
     assert re.fullmatch(
         r"INFO   \| imports: \d+\.\d s\n"
         rf"INFO   \| model: {repository.name}, directory {repository}, \d+\.\d s\n"
-        r"INFO   \| weights: on the CPU in float32, attention slicing auto, CUDA graphs off, safety checker on, \d+\.\d s\n"
+        r"INFO   \| weights: on the CPU in float32, attention slicing auto, CUDA graphs off, safety checker on, "
+        r"\d+\.\d s\n"
         r"INFO   \| warm-up: \d+\.\d s\n"
         r"INFO   \| ready: no GPU, \d+\.\d s in all\n",
         ran.stdout,
@@ -88,10 +88,3 @@ def test_files_that_are_read_ahead_are_in_the_page_cache(tmp_path: Path):
         assert not is_cached()
         startup._read_ahead([path, tmp_path / "missing"])
         assert is_cached()
-
-
-@pytest.mark.parametrize("way", ["baseline", "worker"])
-def test_the_bench_measures_a_start(way: str, repository: Path):
-    taken = cold_start.start(way, repository)
-    assert {"interpreter", "weights"} <= set(taken)
-    assert all(seconds >= 0 for seconds in taken.values())

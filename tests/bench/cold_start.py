@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[2]
+MODELS = Path(tempfile.gettempdir()) / "stable-diffusion-v1-4-random"
 TARGETS = {"dropped": 0.45, "warm": 0.55}
 Marks = dict[str, float]
 """What has been done by when, in seconds of the system's monotonic clock."""
@@ -111,11 +112,19 @@ def be(way: str, model: str) -> None:
     os._exit(0)
 
 
+def make_once(folder: Path) -> None:
+    """Sees to it that ``folder`` holds the model as the hub has it, and as it is baked into the image."""
+    if not (folder / "baked").is_dir():
+        # in a process of its own, whose memory is free again before anything is measured
+        command = [sys.executable, "-m", "tests.bench.cold_start", "--make", "--models", folder]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
 def make(folder: Path) -> None:
-    """Writes the model as the hub has it, and as it is baked into the image."""
     from builder.fetch_model import fetch
     from tests.v1_4 import FULL, make_repository
 
+    folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
         make_repository(Path(unfinished) / "hub", FULL).rename(folder / "hub")
     fetch(str(folder / "hub"), None, folder / "baked")
@@ -129,8 +138,7 @@ def drop_page_cache() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what a cold start takes.")
     parser.add_argument("--runs", type=int, default=5, help="starts of each kind")
-    default = Path(tempfile.gettempdir()) / "stable-diffusion-v1-4-random"
-    parser.add_argument("--models", type=Path, default=default, help="where the models are made, once: 8 GB")
+    parser.add_argument("--models", type=Path, default=MODELS, help="where the models are made, once: 8 GB")
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -140,12 +148,7 @@ def main() -> None:
     models: Path = arguments.models
     if arguments.make:
         return make(models)
-    models.mkdir(exist_ok=True)
-    if not (models / "baked").is_dir():
-        # in a process of its own, whose memory is free again before anything is measured
-        command = [sys.executable, "-m", "tests.bench.cold_start", "--make", "--models", models]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-
+    make_once(models)
     caches = ["dropped", "warm"]
     try:
         drop_page_cache()

@@ -1,0 +1,28 @@
+"""The benches run; what they measure here means nothing."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.bench import cold_start
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("way", ["baseline", "worker"])
+def test_a_start_is_measured(way: str, repository: Path):
+    taken = cold_start.start(way, repository)
+    assert {"interpreter", "weights"} <= set(taken)
+    assert all(seconds >= 0 for seconds in taken.values())
+
+
+def test_every_way_to_paint_is_measured():
+    command = [sys.executable, "-m", "tests.bench.gpu", "--small", "--runs", "1", "--steps", "2"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    ways = re.findall(r"^(.{36}) {6}([14])(?: +\d+\.\d+){4}$", told, re.M)
+    assert len(ways) == len(set(ways)) == 2 * 7
+    assert told.count("device idle between two queued calls, this worker") == 4
+    assert re.search(r"^floor: \S+ TFLOP of the UNet a picture / \S+ TFLOP/s = \d+\.\d+ s$", told, re.M)
