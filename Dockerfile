@@ -6,14 +6,14 @@ ENV PYTHONUNBUFFERED=1
 WORKDIR /app
 
 # PyTorch brings triton, which compiles kernels that nothing here asks for: 0.7 GB.
-# Bytecode is made here, for Python's own library too, since the worker's user cannot write it. It is not checked against
-# the times of the sources, which a reproducible build sets, nor made in parallel, which gives other bytes each time;
-# one file of PyTorch's is for newer Pythons.
+# Bytecode is made here, for Python's own library too, since the worker's user cannot write it, and is not checked against
+# the times of the sources, which a reproducible build sets: what pip left of the other kind is made again (-f). One file
+# of PyTorch's is for newer Pythons.
 COPY requirements.txt builder/constraints.txt ./
 RUN pip install --no-cache-dir --no-compile -r requirements.txt -c constraints.txt \
     && pip uninstall --yes triton \
     && find /usr/local/lib/python3.11 -type d -name tests -prune -exec rm -r {} + \
-    && python -m compileall -q -x py312_intrinsics --invalidation-mode unchecked-hash /usr/local/lib/python3.11
+    && python -m compileall -qf -j 0 -x py312_intrinsics --invalidation-mode unchecked-hash /usr/local/lib/python3.11
 
 # The model in float16: another one is --build-arg MODEL_ID=..., a gated one --secret id=hf_token,src=FILE.
 # Only what fetching needs is copied, so that an edit elsewhere does not download it again.
