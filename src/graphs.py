@@ -63,9 +63,7 @@ class GraphedStep:
             return self._capture(self._plain, inputs)
         except Exception as error:
             shape = " x ".join(map(str, inputs[0].shape))
-            log.warn(
-                f"no CUDA graph for latents of {shape}, they are computed without: {type(error).__name__}: {error}"
-            )
+            log.warn(f"no CUDA graph for latents of {shape}, computed without: {type(error).__name__}: {error}")
             if isinstance(error, torch.OutOfMemoryError):
                 # what the other graphs hold may be what is missing
                 self._steps.clear()

@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="of each kind, after one that is not counted")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--memory", type=float, help="GiB of the device's memory that may be used, such as 24")
+    parser.add_argument("--price", type=float, help="of a second of the device, in dollars")
     parser.add_argument("--small", action="store_true", help="with a shrunken model")
     parser.add_argument("--models", type=Path, default=cold_start.MODELS, help="where the models are made, once: 8 GB")
     arguments = parser.parse_args()
@@ -200,12 +201,13 @@ def main() -> None:
             (models / "baked").symlink_to("hub")
         else:
             cold_start.make_once(models)
-        report(models, arguments.steps, arguments.runs)
+        report(models, arguments.steps, arguments.runs, arguments.price)
 
 
-def report(models: Path, steps: int, runs: int) -> None:
+def report(models: Path, steps: int, runs: int, price: float | None) -> None:
     print(f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, PyTorch {torch.__version__}, {steps} steps")
-    print(f"{'':<36}{'images':>7}{'s/picture':>11}{'pictures/s':>12}{'GiB':>7}{'x plain':>9}")
+    columns = f"{'':<36}{'images':>7}{'s/picture':>11}{'pictures/s':>12}{'GiB':>7}{'x plain':>9}"
+    print(columns + (f"{'$/1000':>9}" if price else ""))
     reference: list[Measured] = []
 
     def show(name: str, measured: list[Measured]) -> None:
@@ -213,7 +215,7 @@ def report(models: Path, steps: int, runs: int) -> None:
             rate = images / one.seconds
             print(
                 f"{name:<36}{images:>7}{1 / rate:>11.3f}{rate:>12.3f}{one.memory / 2**30:>7.2f}"
-                f"{plain_one.seconds / one.seconds:>9.2f}",
+                f"{plain_one.seconds / one.seconds:>9.2f}" + (f"{1000 * price / rate:>9.3f}" if price else ""),
                 flush=True,
             )
 
