@@ -84,7 +84,8 @@ def find_local(model_id: str, settings: Settings) -> Repository | None:
         # a baked directory knows the hub id that it was made from
         origin = str(index.get("_name_or_path") or "/")
         name = local.resolve().name if origin.startswith(("/", ".", "~")) else origin
-        return Repository(local, f"directory {local}", name, index.get("_commit_hash"))
+        commit = index.get("_commit_hash")
+        return Repository(local, f"directory {local}", name, str(commit) if commit else None)
     if model_id.startswith(("/", ".", "~")):
         raise StartError(f"MODEL_ID={model_id}: no such directory")
     for cache, where in ((RUNPOD_CACHE, "RunPod's cached models"), (None, "Hugging Face cache")):
