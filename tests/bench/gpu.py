@@ -13,7 +13,6 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -92,15 +91,11 @@ def measure(paint: Callable[[int], object], images: int, runs: int, *, warm: boo
     return Measured(median(times), torch.cuda.max_memory_allocated() if CUDA else 0)
 
 
-@contextmanager
-def device_emptied():
-    """Nothing of what was on the device before or within stays on it."""
-    try:
-        yield
-    finally:
-        gc.collect()
-        if CUDA:
-            torch.cuda.empty_cache()
+def empty_device() -> None:
+    """Gives back what an earlier way to paint has left on the device."""
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
 
 
 def load_plain(folder: Path, *, sliced: bool) -> StableDiffusionPipeline:
@@ -113,51 +108,52 @@ def load_plain(folder: Path, *, sliced: bool) -> StableDiffusionPipeline:
 
 def baseline(models: Path, steps: int, runs: int) -> list[Measured]:
     def paint(images: int) -> None:
-        with device_emptied():
-            pipe = load_plain(models / "hub", sliced=True)
-            pipe([PROMPT] * images, num_inference_steps=steps)
+        empty_device()
+        pipe = load_plain(models / "hub", sliced=True)
+        pipe([PROMPT] * images, num_inference_steps=steps)
 
     # it has nothing to warm up
     return [measure(paint, images, runs, warm=False) for images in CALLS]
 
 
 def plain(models: Path, steps: int, runs: int, *, sliced: bool) -> list[Measured]:
-    with device_emptied():
-        pipe = load_plain(models / "baked", sliced=sliced)
-        return [
-            measure(lambda images: pipe([PROMPT] * images, num_inference_steps=steps), images, runs) for images in CALLS
-        ]
+    empty_device()
+    pipe = load_plain(models / "baked", sliced=sliced)
+    return [
+        measure(lambda images: pipe([PROMPT] * images, num_inference_steps=steps), images, runs) for images in CALLS
+    ]
 
 
 def worker(models: Path, steps: int, runs: int, **settings: Any) -> tuple[list[Measured], float]:
     """What its calls take, and the median of what the device waits between two of them that are queued."""
-    with device_emptied():
-        given = Settings(model_id=str(models / "baked"), max_batch_images=max(CALLS), **settings)
-        engine = Engine(pipeline.load(given), given.max_batch_images)
+    empty_device()
+    given = Settings(model_id=str(models / "baked"), max_batch_images=max(CALLS), **settings)
+    engine = Engine(pipeline.load(given), given.max_batch_images)
 
-        def request(**job_input: Any) -> ImageRequest:
-            return ImageRequest.parse({"prompt": PROMPT, "num_inference_steps": steps} | job_input, engine.limits)
+    def request(**job_input: Any) -> ImageRequest:
+        return ImageRequest.parse({"prompt": PROMPT, "num_inference_steps": steps} | job_input, engine.limits)
 
-        async def paint_both() -> None:
-            # of different guidance, so that they cannot share a call
-            await asyncio.gather(*(engine.generate(request(guidance_scale=scale)) for scale in (7, 8)))
+    async def paint_both() -> None:
+        # of different guidance, so that they cannot share a call
+        await asyncio.gather(*(engine.generate(request(guidance_scale=scale)) for scale in (7, 8)))
 
-        measured = [
-            measure(lambda images: asyncio.run(engine.generate(request(num_images=images))), images, runs)
-            for images in CALLS
-        ]
-        waits = []
-        for _ in range(runs):
-            TimedPipeline.calls.clear()
-            asyncio.run(paint_both())
-            (_, first_ends), (second_begins, _) = TimedPipeline.calls
-            waits.append(milliseconds(first_ends, second_begins))
-        return measured, median(waits)
+    measured = [
+        measure(lambda images: asyncio.run(engine.generate(request(num_images=images))), images, runs)
+        for images in CALLS
+    ]
+    waits = []
+    for _ in range(runs):
+        TimedPipeline.calls.clear()
+        asyncio.run(paint_both())
+        (_, first_ends), (second_begins, _) = TimedPipeline.calls
+        waits.append(milliseconds(first_ends, second_begins))
+    return measured, median(waits)
 
 
 def floor(models: Path, steps: int) -> tuple[float, float]:
     """The UNet's floating-point operations for one picture with guidance, and how many a second the device does."""
-    with device_emptied(), torch.no_grad():
+    empty_device()
+    with torch.no_grad():
         unet = load_plain(models / "baked", sliced=False).unet
         size, channels = unet.config.sample_size, unet.config.in_channels
         inputs = [
