@@ -31,7 +31,7 @@ def sizes(root: Path = Path("/")) -> Counter[str]:
     """The bytes of each part of what lies beneath ``root``."""
     found: Counter[str] = Counter()
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not str(Path(folder, name)).startswith(ELSEWHERE)]
+        folders[:] = [name for name in folders if str(Path(folder, name)) not in ELSEWHERE]
         for name in files:
             path = Path(folder, name)
             status = path.lstat()

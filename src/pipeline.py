@@ -42,11 +42,7 @@ def load(settings: Settings, dtype: torch.dtype | None = None) -> Model:
     Raises:
         StartError: if there is no such model, it is damaged, or it is not one that this worker runs.
     """
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    # importing the SDK turns on every library's INFO lines: several for each file of a download
-    logging.getLogger().setLevel(logging.WARNING)
+    quieten_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and on_runpod() and settings.model_id != DEMO_MODEL_ID:
         raise StartError(
@@ -84,6 +80,15 @@ def load(settings: Settings, dtype: torch.dtype | None = None) -> Model:
         f"safety checker {'on' if pipe.safety_checker else 'off'}, {time.monotonic() - found:.1f} s"
     )
     return Model(repository.name, pipe)
+
+
+def quieten_libraries() -> None:
+    """Keeps the log to the worker's own lines and the libraries' errors."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    # importing the SDK turns on every library's INFO lines: several for each file of a download
+    logging.getLogger().setLevel(logging.WARNING)
 
 
 def accelerate(pipe: StableDiffusionPipeline, *, sliced: bool) -> None:

@@ -88,9 +88,10 @@ def find_local(model_id: str, settings: Settings) -> Repository | None:
         return Repository(local, f"directory {local}", name, str(commit) if commit else None)
     if model_id.startswith(("/", ".", "~")):
         raise StartError(f"MODEL_ID={model_id}: no such directory")
+    wanted = _wanted(model_id, settings)
     for cache, where in ((RUNPOD_CACHE, "RunPod's cached models"), (None, "Hugging Face cache")):
         try:
-            path = Path(snapshot_download(**_wanted(model_id, settings), cache_dir=cache, local_files_only=True))
+            path = Path(snapshot_download(**wanted, cache_dir=cache, local_files_only=True))
             check(path, settings)
             return Repository(path, where, model_id, path.name)
         except HFValidationError:

@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
 
 
-def copied() -> list[tuple[str, str]]:
+def copied(instructions: str = DOCKERFILE) -> list[tuple[str, str]]:
     """Each source that is copied, and where to, in order."""
-    lines = re.findall(r"^COPY (.+) (\S+)$", DOCKERFILE, re.M)
+    lines = re.findall(r"^COPY (.+) (\S+)$", instructions, re.M)
     return [(source, target) for sources, target in lines for source in sources.split()]
 
 
@@ -66,16 +66,14 @@ def test_what_is_copied_suffices_to_fetch_a_model_and_to_start_with_it(repositor
             (app / target).mkdir(exist_ok=True)
             shutil.copy(ROOT / source, app / target)
 
-    files = copied()
-    before = [pair for pair in files if pair[0] not in ("handler.py", "test_input.json", "src")]
-    for pair in before:
+    before, fetch, after = re.split(r"python (-m builder\.fetch_model .+)$", DOCKERFILE, flags=re.M)
+    for pair in copied(before):
         copy(*pair)
-    (fetch,) = re.findall(r"python (-m builder\.fetch_model .+)$", DOCKERFILE, re.M)
     values = {"$MODEL_ID": "someone/tiny", "$MODEL_REVISION": "", "/model": str(model)}
     arguments = [values.get(word, word) for word in shlex.split(fetch)]
     with hub.serve("someone/tiny", repository) as (address, _):
         run([sys.executable, *arguments], HF_ENDPOINT=address)
-    for pair in files[len(before) :]:
+    for pair in copied(after):
         copy(*pair)
     settings = variables("ENV")
     assert settings.pop("MODEL_ID") == "/model"
@@ -101,6 +99,5 @@ def test_an_images_bytes_are_counted_by_part(tmp_path: Path, monkeypatch):
     (tmp_path / "inner" / "a").write_bytes(bytes(10))
     (tmp_path / "b").write_bytes(bytes(5))
     (tmp_path / "link").symlink_to("b")
-    monkeypatch.setattr(image_size, "ELSEWHERE", ("/proc",))
     assert image_size.sizes(tmp_path) == {"inner": 10, "all else": 5}
     assert [image_size.container_disk(size) for size in (10**9, 6 * 10**9 + 1)] == [5, 15]

@@ -14,14 +14,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[2]
 MODELS = Path(tempfile.gettempdir()) / "stable-diffusion-v1-4-random"
 TARGETS = {"dropped": 0.45, "warm": 0.55}
-Marks = dict[str, float]
-"""What has been done by when, in seconds of the system's monotonic clock."""
+Parts = dict[str, float]
+"""The parts of a start, in order, and the seconds that each took."""
 
 
 def baseline(model: str, done: Callable[[str], None]) -> None:
@@ -62,18 +63,15 @@ def worker(model: str, done: Callable[[str], None]) -> None:
     done("import runpod, begun in the background")
     from src import pipeline
     from src.engine import Engine
-    from src.worker import Worker
+    from src.worker import Worker  # noqa: F401
 
     done("the worker's own imports")
-    model = pipeline.load(settings, torch.float16)
-    touch(model.pipe)
+    loaded = pipeline.load(settings, torch.float16)
+    touch(loaded.pipe)
     done("weights")
-    engine = Engine(model, settings.max_batch_images)
     if torch.cuda.is_available():
-        engine.warm_up()
+        Engine(loaded, settings.max_batch_images).warm_up()
         done("warm-up")
-    startup.finish()
-    Worker(engine, settings)
 
 
 def touch(pipe: object) -> None:
@@ -88,20 +86,20 @@ def touch(pipe: object) -> None:
             weights.flatten()[::2048].sum()
 
 
-def start(way: str, model: Path) -> Marks:
-    """Starts a process and returns the seconds that each part of its start took."""
+def start(way: str, model: Path) -> Parts:
+    """Starts a process that prints by when, on the system's monotonic clock, each part of its start was done."""
     begun = time.monotonic()
     command = [sys.executable, "-m", "tests.bench.cold_start", "--way", way, "--model", model]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if ran.returncode:
         sys.exit(ran.stderr)
-    marks: Marks = json.loads(ran.stdout.splitlines()[-1])
-    times = [begun, *marks.values()]
-    return {name: after - before for name, before, after in zip(marks, times, times[1:], strict=False)}
+    done = json.loads(ran.stdout.splitlines()[-1])
+    between = pairwise([begun, *done.values()])
+    return {part: after - before for part, (before, after) in zip(done, between, strict=True)}
 
 
 def be(way: str, model: str) -> None:
-    marks: Marks = {"interpreter": time.monotonic()}
+    marks = {"interpreter": time.monotonic()}
 
     def done(what: str) -> None:
         marks[what] = time.monotonic()
@@ -155,7 +153,7 @@ def main() -> None:
     except OSError as error:
         print(f"the page cache cannot be dropped here: {error}")
         caches.remove("dropped")
-    runs: dict[tuple[str, str], list[Marks]] = {}
+    runs: dict[tuple[str, str], list[Parts]] = {}
     for cache in caches:
         for run in range(arguments.runs + (cache == "warm")):
             for way, model in (("baseline", models / "hub"), ("worker", models / "baked")):

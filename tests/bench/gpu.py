@@ -18,9 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
 
-import diffusers
 import torch
-import transformers
 from diffusers import StableDiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -181,9 +179,7 @@ def main() -> None:
     if not CUDA and not arguments.small:
         parser.error("there is no CUDA device: on a CPU only --small makes sense")
     pipeline.log.set_level("WARN")
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    pipeline.quieten_libraries()
     if CUDA and arguments.memory:
         share = arguments.memory * 2**30 / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
@@ -204,7 +200,7 @@ def report(models: Path, steps: int, runs: int, price: float | None) -> None:
     print(f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, PyTorch {torch.__version__}, {steps} steps")
     columns = f"{'':<36}{'images':>7}{'s/picture':>11}{'pictures/s':>12}{'GiB':>7}{'x plain':>9}"
     print(columns + (f"{'$/1000':>9}" if price else ""))
-    reference: list[Measured] = []
+    reference = plain(models, steps, runs, sliced=False)
 
     def show(name: str, measured: list[Measured]) -> None:
         for images, one, plain_one in zip(CALLS, measured, reference, strict=True):
@@ -215,7 +211,6 @@ def report(models: Path, steps: int, runs: int, price: float | None) -> None:
                 flush=True,
             )
 
-    reference += plain(models, steps, runs, sliced=False)
     show("plain diffusers", reference)
     show("plain diffusers, slicing", plain(models, steps, runs, sliced=True))
     show("baseline handler, loads each time", baseline(models, steps, min(runs, 3)))
