@@ -1,4 +1,4 @@
-"""The door: settings -> pipeline -> engine -> worker, then RunPod's loop.
+"""The entry point: settings -> pipeline -> engine -> worker, then RunPod's loop.
 
 python handler.py                  paints test_input.json into picture.png
 python handler.py --check          starts, says what a start takes, and exits
@@ -34,7 +34,7 @@ ENVIRONMENT = {
 """What the libraries read from their environment, most of it at import, unless it says otherwise."""
 
 
-def make_ready(settings: Settings) -> "Worker":
+def build_worker(settings: Settings) -> "Worker":
     """Imports what paints, loads the model and paints a first picture; the log tells what each took.
 
     Raises:
@@ -93,7 +93,7 @@ def main() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        worker = make_ready(Settings.from_environment())
+        worker = build_worker(Settings.from_environment())
     except (StartError, JobError) as error:
         refuse_to_start(error)
     if "--check" in sys.argv:

@@ -36,11 +36,19 @@ SchedulerName = Literal[
 """The names that Cog's Stable Diffusion and RunPod's SDXL worker use."""
 
 MAX_PROMPT_LENGTH = 2_000
+"""In characters: well beyond the text encoder's 77 tokens."""
 MIN_SIZE = 64
+"""Width and height in pixels: 8 x 8 latents, which the UNet still halves three times."""
+MAX_STEPS = 150
+MAX_GUIDANCE = 30
+"""Both are where the sliders of AUTOMATIC1111's web UI end."""
+MAX_IMAGES = 4
+"""As in Cog's Stable Diffusion. Four PNGs of 1024 x 1024 come near the platform's limit for a result."""
 MAX_SEED = 2**53 - 1
 """The largest integer that a JSON client can hold exactly (IEEE 754 double)."""
-MAX_FAULTS_TOLD = 20
-MAX_VALUE_TOLD = 40
+MAX_REPORTED_ERRORS = 20
+MAX_QUOTED_CHARACTERS = 40
+"""What an error quotes of a value before it is cut."""
 
 
 class JobError(Exception):
@@ -107,12 +115,14 @@ class ImageRequest(BaseModel):
     negative_prompt: Annotated[Text, Field(description="What to keep out of the picture")] = ""
     width: Annotated[Size, Field(description="Width in pixels")]
     height: Annotated[Size, Field(description="Height in pixels")]
-    num_inference_steps: Annotated[Integer, Field(ge=1, le=150, description="Denoising steps")] = 50
-    guidance_scale: Annotated[Number, Field(ge=0, le=30, description="How closely to follow the prompt")] = 7.5
+    num_inference_steps: Annotated[Integer, Field(ge=1, le=MAX_STEPS, description="Denoising steps")] = 50
+    guidance_scale: Annotated[Number, Field(ge=0, le=MAX_GUIDANCE, description="How closely to follow the prompt")] = (
+        7.5
+    )
     seed: Annotated[Integer, Field(ge=0, le=MAX_SEED, description="Seed of the first image; image i uses seed + i")] = (
         Field(default_factory=lambda: secrets.randbits(32))
     )
-    num_images: Annotated[Integer, Field(ge=1, le=4, description="Number of images")] = 1
+    num_images: Annotated[Integer, Field(ge=1, le=MAX_IMAGES, description="Number of images")] = 1
     scheduler: Annotated[str, Field(description="Sampler")]
 
     @classmethod
@@ -131,11 +141,11 @@ class ImageRequest(BaseModel):
         try:
             return cls.model_validate(job_input, context=limits)
         except ValidationError as error:
-            faults = error.errors()
-            told = [_told(fault) for fault in faults[:MAX_FAULTS_TOLD]]
-            if len(faults) > len(told):
-                told.append(f"and {len(faults) - len(told)} more")
-            raise JobError(f"invalid input: {'; '.join(told)}") from None
+            errors = error.errors()
+            reported = [_format_error(each) for each in errors[:MAX_REPORTED_ERRORS]]
+            if len(errors) > len(reported):
+                reported.append(f"and {len(errors) - len(reported)} more")
+            raise JobError(f"invalid input: {'; '.join(reported)}") from None
 
     @model_validator(mode="before")
     @classmethod
@@ -196,12 +206,12 @@ class ImageRequest(BaseModel):
         return [self.seed + i for i in range(self.num_images)]
 
 
-def _told(fault: ErrorDetails) -> str:
-    """One fault in the client's words."""
-    if not fault["loc"]:
-        return fault["msg"]
-    name, value, bounds = _short(fault["loc"][0]), fault["input"], fault.get("ctx", {})
-    match fault["type"]:
+def _format_error(error: ErrorDetails) -> str:
+    """One of pydantic's errors in the client's words."""
+    if not error["loc"]:
+        return error["msg"]
+    name, value, bounds = _short(error["loc"][0]), error["input"], error.get("ctx", {})
+    match error["type"]:
         case "missing":
             said = "required"
         case "extra_forbidden":
@@ -222,7 +232,7 @@ def _told(fault: ErrorDetails) -> str:
         case "multiple_of":
             said = f"must be a multiple of {bounds['multiple_of']}, got {_short(value)}"
         case _:
-            said = fault["msg"]
+            said = error["msg"]
     return f"{name}: {said}"
 
 
@@ -257,4 +267,4 @@ def _short(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 128:
         return "a huge number"
     text = _printable(str(value))
-    return text if len(text) <= MAX_VALUE_TOLD else text[:MAX_VALUE_TOLD] + "..."
+    return text if len(text) <= MAX_QUOTED_CHARACTERS else text[:MAX_QUOTED_CHARACTERS] + "..."

@@ -74,13 +74,13 @@ class Settings(BaseModel):
         try:
             return cls.model_validate({name: value for name, value in given.items() if value})
         except ValidationError as error:
-            raise StartError("; ".join(map(_told, error.errors()))) from None
+            raise StartError("; ".join(map(_format_error, error.errors()))) from None
 
 
-def _told(fault: ErrorDetails) -> str:
-    if not fault["loc"]:
-        return fault["msg"]
-    return f"{str(fault['loc'][0]).upper()}={fault['input']}: {fault['msg']}"
+def _format_error(error: ErrorDetails) -> str:
+    if not error["loc"]:
+        return error["msg"]
+    return f"{str(error['loc'][0]).upper()}={error['input']}: {error['msg']}"
 
 
 def on_runpod(environment: Mapping[str, str] = os.environ) -> bool:

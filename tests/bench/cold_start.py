@@ -39,7 +39,7 @@ def baseline(model: str, done: Callable[[str], None]) -> None:
 
 
 def worker(model: str, done: Callable[[str], None]) -> None:
-    """What ``handler.make_ready`` does, import by import."""
+    """What ``handler.build_worker`` does, import by import."""
     import handler
     from src import startup
     from src.settings import Settings
