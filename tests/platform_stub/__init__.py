@@ -1,0 +1,13 @@
+"""A stand-in for RunPod's platform on this machine: real workers in real processes, driven by real clients.
+
+``python -m tests.platform_stub --workers 1`` serves ``/v2/local/run``, ``/runsync``, ``/status/{id}``,
+``/cancel/{id}``, ``/retry/{id}`` and ``/health`` on port 8000, with the key ``local``, and starts workers on it.
+It can be told to misbehave: see ``Fault``.
+"""
+
+from tests.platform_stub.faults import Fault
+from tests.platform_stub.job import FINAL
+from tests.platform_stub.platform import ENDPOINT, HANDLER, Platform
+from tests.platform_stub.server import serving
+
+__all__ = ["ENDPOINT", "FINAL", "HANDLER", "Fault", "Platform", "serving"]

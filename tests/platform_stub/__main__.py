@@ -1,0 +1,37 @@
+import argparse
+import asyncio
+
+from tests.platform_stub.platform import ENDPOINT, Platform
+from tests.platform_stub.server import serve
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.platform_stub", description="A local RunPod: point curl or Postman at it."
+    )
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--key", default="local", help="the API key that clients must send")
+    arguments = parser.parse_args()
+    platform = Platform(arguments.key)
+
+    def ready() -> None:
+        for _ in range(arguments.workers):
+            platform.start_worker()
+        print(
+            f"serving {platform.url}/v2/{ENDPOINT}/run with the key {arguments.key!r}, for example:\n"
+            f"  curl {platform.url}/v2/{ENDPOINT}/runsync -H 'Authorization: Bearer {arguments.key}' "
+            """-d '{"input": {"prompt": "the ocean at dusk"}}'""",
+            flush=True,
+        )
+
+    try:
+        asyncio.run(serve(platform, arguments.port, ready))
+    except KeyboardInterrupt:
+        print("stopping")
+    finally:
+        platform.stop_workers()
+
+
+if __name__ == "__main__":
+    main()

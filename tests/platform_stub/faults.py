@@ -1,0 +1,63 @@
+"""The platform misbehaving as it is told to."""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+
+from aiohttp import web
+
+RouteHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass
+class Fault:
+    """What the platform does wrong ``times`` times, at paths that have ``path`` (a regular expression) in them."""
+
+    path: str
+    times: int = 1
+    status: int | None = None
+    """Answers with this status instead of doing what was asked."""
+    drop: bool = False
+    """Closes the connection without an answer, without doing what was asked."""
+    twice: bool = False
+    """Hands out the next job that is taken once more."""
+    delay: float = 0.0
+    """Does what was asked only so many seconds later."""
+    body: str = ""
+    """Only if the request's body has this in it."""
+
+
+class Faults(list[Fault]):
+    """The faults to come, as a middleware of the platform's server; ``POST /faults`` adds one."""
+
+    async def add(self, request: web.Request) -> web.Response:
+        self.append(Fault(**await request.json()))
+        return web.json_response([asdict(fault) for fault in self])
+
+    @web.middleware
+    async def misbehave(self, request: web.Request, handler: RouteHandler) -> web.StreamResponse:
+        fault = await self.for_request(request)
+        if fault and fault.drop:
+            assert request.transport
+            request.transport.abort()
+            raise asyncio.CancelledError
+        if fault and fault.status:
+            return web.json_response({"error": "told to"}, status=fault.status)
+        if fault and fault.delay:
+            await asyncio.sleep(fault.delay)
+        return await handler(request)
+
+    async def for_request(self, request: web.Request) -> Fault | None:
+        for fault in self:
+            if fault.twice or not re.search(fault.path, request.path):
+                continue
+            if not fault.body or fault.body in await request.text():
+                self.use_up(fault)
+                return fault
+        return None
+
+    def use_up(self, fault: Fault) -> None:
+        fault.times -= 1
+        if not fault.times:
+            self.remove(fault)

@@ -1,0 +1,126 @@
+"""The platform's state: jobs, their queue, and the processes that work on them."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.platform_stub.faults import Faults
+from tests.platform_stub.job import FINAL, Job
+
+HANDLER = Path(__file__).parents[2] / "handler.py"
+ENDPOINT = "local"
+LOST_AFTER = 0.2
+"""Seconds between two looks at whether the workers' processes live."""
+
+
+@dataclass
+class WorkerProcess:
+    process: subprocess.Popen[bytes]
+    environment: dict[str, str]
+    command: list[str]
+    pings: list[dict[str, str]] = field(default_factory=list)
+    to_be_replaced: bool = False
+
+
+class Platform:
+    """The platform's state. Everything but ``start_worker`` happens in one event loop."""
+
+    def __init__(self, key: str = "local", poll_seconds: float = 5.0) -> None:
+        self.key = key
+        self.poll_seconds = poll_seconds
+        self.url = ""
+        self.jobs: dict[str, Job] = {}
+        self.workers: dict[str, WorkerProcess] = {}
+        self.faults = Faults()
+        self.queue: list[Job] = []
+        self.stops: dict[str, list[str]] = {}
+        self._changed = asyncio.Event()
+
+    def enqueue(self, job: Job) -> None:
+        self.queue.append(job)
+        self.notify()
+
+    def end(self, job: Job, status: str, result: dict[str, Any] | None = None) -> None:
+        """Gives ``job`` its final state, and its worker a stop signal if it still works on it."""
+        if job.status in FINAL:
+            return
+        if job.status == "IN_PROGRESS" and status in ("CANCELLED", "TIMED_OUT"):
+            self.stops.setdefault(str(job.worker), []).append(job.id)
+        result = result or {}
+        job.status, job.output, job.error = status, result.get("output"), result.get("error")
+        job.finished = time.monotonic()
+        self.queue = [waiting for waiting in self.queue if waiting is not job]
+        self.notify()
+
+    def notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def until(self, condition: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition() and (left := deadline - time.monotonic()) > 0:
+            try:
+                await asyncio.wait_for(self._changed.wait(), left)
+            except TimeoutError:
+                return
+
+    def start_worker(self, command: list[str] | None = None, **settings: str) -> str:
+        """Starts ``handler.py``, or another ``command``, as a worker of this platform, and gives its id."""
+        name = f"worker-{len(self.workers) + 1}"
+        base = f"{self.url}/v2/{ENDPOINT}"
+        environment = {
+            "MODEL_ID": "demo",
+            "RUNPOD_POD_ID": name,
+            "RUNPOD_ENDPOINT_ID": ENDPOINT,
+            "RUNPOD_AI_API_KEY": self.key,
+            "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=none",
+            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID?gpu=none",
+            "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$RUNPOD_POD_ID/$ID?gpu=none",
+            "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID",
+            "RUNPOD_PING_INTERVAL": "2000",
+        } | settings
+        command = command or [sys.executable, str(HANDLER)]
+        process = subprocess.Popen(command, env=os.environ | environment, cwd=HANDLER.parent, start_new_session=True)
+        self.workers[name] = WorkerProcess(process, settings, command)
+        return name
+
+    def busy(self) -> bool:
+        """Whether any job has not reached its final state."""
+        return any(job.status not in FINAL for job in self.jobs.values())
+
+    async def watch_workers(self) -> None:
+        """Ends the jobs of workers that died, and replaces workers that asked for it."""
+        seen_dead = set()
+        while True:
+            await asyncio.sleep(LOST_AFTER)
+            for name, worker in list(self.workers.items()):
+                if name in seen_dead or worker.process.poll() is None:
+                    continue
+                seen_dead.add(name)
+                for job in self.jobs.values():
+                    if job.worker == name and job.status == "IN_PROGRESS":
+                        self.end(job, "TIMED_OUT", {"error": "the worker was lost"})
+                if worker.to_be_replaced:
+                    self.start_worker(worker.command, **worker.environment)
+
+    def kill_worker(self, name: str) -> None:
+        """Ends a worker at once, as its host's failure would: its heartbeat, a process of its own, dies with it."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.workers[name].process.pid, signal.SIGKILL)
+
+    def stop_workers(self) -> None:
+        """Ends all workers, and gives them half a minute to deliver what they hold."""
+        for worker in self.workers.values():
+            worker.process.terminate()
+        for name, worker in self.workers.items():
+            with suppress(subprocess.TimeoutExpired):
+                worker.process.wait(30)
+            self.kill_worker(name)
