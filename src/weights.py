@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def find(model_id: str, settings: Settings) -> Repository:
     """
     if found := find_local(model_id, settings):
         return found
-    path = _download(_wanted(model_id, settings), settings)
+    path = _download(_snapshot_arguments(model_id, settings), settings)
     check(path, settings)
     return Repository(path, "downloaded", model_id, path.name)
 
@@ -88,10 +89,12 @@ def find_local(model_id: str, settings: Settings) -> Repository | None:
         return Repository(local, f"directory {local}", name, str(commit) if commit else None)
     if model_id.startswith(("/", ".", "~")):
         raise StartError(f"MODEL_ID={model_id}: no such directory")
-    wanted = _wanted(model_id, settings)
-    for cache, where in ((RUNPOD_CACHE, "RunPod's cached models"), (None, "Hugging Face cache")):
+    wanted = _snapshot_arguments(model_id, settings)
+    cached = _names_in_runpod_cache(model_id)
+    places = [(name, RUNPOD_CACHE, "RunPod's cached models") for name in cached]
+    for name, cache, where in (*places, (model_id, None, "Hugging Face cache")):
         try:
-            path = Path(snapshot_download(**wanted, cache_dir=cache, local_files_only=True))
+            path = Path(snapshot_download(**wanted | {"repo_id": name}, cache_dir=cache, local_files_only=True))
             check(path, settings)
             return Repository(path, where, model_id, path.name)
         except HFValidationError:
@@ -99,10 +102,30 @@ def find_local(model_id: str, settings: Settings) -> Repository | None:
             raise StartError(f"MODEL_ID={model_id}: {hint}") from None
         except (LocalEntryNotFoundError, StartError):
             continue
+    if settings.model_revision is None and (newest := _newest_snapshot(cached, settings)):
+        pinned = f" (not the pinned commit, {wanted['revision'][:12]})" if wanted["revision"] else ""
+        return Repository(newest, f"RunPod's cached models{pinned}", model_id, newest.name)
     return None
 
 
-def _wanted(model_id: str, settings: Settings) -> dict[str, Any]:
+def _names_in_runpod_cache(model_id: str) -> list[str]:
+    """The names that RunPod's cache has for a model: RunPod's documentation shows one in lower case, unlike the hub."""
+    names = [folder.name.removeprefix("models--").replace("--", "/") for folder in RUNPOD_CACHE.glob("models--*")]
+    return [name for name in names if name.lower() == model_id.lower()]
+
+
+def _newest_snapshot(names: list[str], settings: Settings) -> Path | None:
+    """The newest usable commit in RunPod's cache: it holds what was the main branch when the endpoint was made."""
+    folders = [RUNPOD_CACHE / f"models--{name.replace('/', '--')}" / "snapshots" for name in names]
+    snapshots = [path for folder in folders for path in folder.glob("*")]
+    for path in sorted(snapshots, key=lambda path: path.stat().st_mtime, reverse=True):
+        with suppress(StartError):
+            check(path, settings)
+            return path
+    return None
+
+
+def _snapshot_arguments(model_id: str, settings: Settings) -> dict[str, Any]:
     pinned = DEFAULT_MODEL_REVISION if model_id == DEFAULT_MODEL_ID else None
     return {
         "repo_id": model_id,
@@ -125,7 +148,8 @@ def _download(wanted: dict[str, Any], settings: Settings) -> Path:
         raise StartError(f"{name}: the hub has no such model, or it is private and HF_TOKEN may not read it") from error
     except LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
-            raise StartError(f"{name} is in no local cache, and HF_HUB_OFFLINE=1 forbids a download") from error
+            hint = "choose it as the endpoint's Model, or set HF_HUB_OFFLINE=0 to download it"
+            raise StartError(f"{name} is in no local cache, and HF_HUB_OFFLINE=1 forbids a download: {hint}") from error
         raise StartError(f"{name} is in no local cache, and the hub cannot be reached") from error
     except Exception as error:
         raise StartError(f"cannot download {name}: {first_line(error)}") from error

@@ -175,6 +175,43 @@ def test_a_hub_id_is_downloaded_once_and_then_found_in_the_cache(repository: Pat
     assert find(offline, runpod_cache=tmp_path / "hub") == "RunPod's cached models\n"
 
 
+def cached(repository: Path, cache: Path, name: str, commit: str) -> None:
+    """Adds a commit of a model to a cache, as RunPod does it: without the hub's library, and without a branch."""
+    shutil.copytree(repository, cache / f"models--{name.replace('/', '--')}" / "snapshots" / commit)
+
+
+def test_the_pinned_commit_of_a_model_that_runpod_cached_is_preferred_and_another_is_told(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(weights, "RUNPOD_CACHE", tmp_path)
+
+    def found(revision: str | None = None) -> str | None:
+        found = weights.find_local(DEFAULT_MODEL_ID, Settings(model_revision=revision))
+        return found and f"{found}, {found.where}"
+
+    other = f"{DEFAULT_MODEL_ID} at {hub.REVISION[:12]}, RunPod's cached models"
+    pinned = f"{DEFAULT_MODEL_ID} at {DEFAULT_MODEL_REVISION[:12]}, RunPod's cached models"
+    assert found() is None
+    cached(repository, tmp_path, DEFAULT_MODEL_ID.lower(), hub.REVISION)
+    assert found() == f"{other} (not the pinned commit, {DEFAULT_MODEL_REVISION[:12]})"
+    assert found(hub.REVISION) == other
+    assert found(DEFAULT_MODEL_REVISION) is None
+    cached(repository, tmp_path, DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION)
+    assert found() == found(DEFAULT_MODEL_REVISION) == pinned
+
+
+def test_of_a_model_that_runpod_cached_the_newest_usable_commit_is_taken(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(weights, "RUNPOD_CACHE", tmp_path)
+    for commit, time in (("old", 1), ("new", 3), ("damaged", 4), ("middle", 2)):
+        cached(repository, tmp_path, REPO, commit)
+        os.utime(tmp_path / "models--someone--tiny" / "snapshots" / commit, (time, time))
+    (tmp_path / "models--someone--tiny" / "snapshots" / "damaged" / "model_index.json").unlink()
+    found = weights.find(REPO, Settings())
+    assert (found.name, found.revision, found.where) == (REPO, "new", "RunPod's cached models")
+
+
 def test_a_broken_download_goes_on_where_it_broke(copy: Path, tmp_path: Path):
     # as much as the hub's library keeps in memory before it writes, and more
     big = copy / "unet" / "diffusion_pytorch_model.safetensors"
@@ -201,4 +238,4 @@ def test_what_the_hub_refuses_is_told_in_one_line(repository: Path, tmp_path: Pa
         said = find(home | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_secret"})
         assert said == f"refused: {REPO} is gated: accept its licence on the hub and set HF_TOKEN\n"
     assert "the hub cannot be reached" in find(home | {"HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert "HF_HUB_OFFLINE=1 forbids a download" in find(home | {"HF_HUB_OFFLINE": "1"})
+    assert "or set HF_HUB_OFFLINE=0 to download it" in find(home | {"HF_HUB_OFFLINE": "1"})
