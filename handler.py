@@ -1,6 +1,6 @@
 """The entry point: settings -> pipeline -> engine -> worker, then RunPod's loop.
 
-python handler.py                  paints test_input.json into picture.png
+python handler.py                  paints what test_input.json asks for
 python handler.py --check          starts, says what a start takes, and exits
 python handler.py --rp_serve_api   serves /run, /runsync and /status on localhost:8000
 """
@@ -66,7 +66,8 @@ def keep_pictures(handle: Handler, kept: list[Path]) -> Handler:
         output = await handle(job)
         images = [image for image in output.get("images", [output]) if "image" in image]
         for i, image in enumerate(images, start=1):
-            path = Path(f"picture-{i}.png" if len(images) > 1 else "picture.png").resolve()
+            ending = output.get("output_format", "png")
+            path = Path(f"picture-{i}.{ending}" if len(images) > 1 else f"picture.{ending}").resolve()
             path.write_bytes(base64.b64decode(image["image"]))
             kept.append(path)
         return output

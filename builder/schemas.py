@@ -24,7 +24,7 @@ def input_schema(limits: ModelLimits) -> dict[str, Any]:
     fields = schema["properties"]
     for name in ("width", "height"):
         fields[name] |= {"maximum": limits.max_size, "default": limits.native_size}
-    fields["scheduler"] |= {"enum": [*get_args(SchedulerName), None], "default": limits.scheduler}
+    fields["scheduler"] |= {"enum": [*get_args(SchedulerName)], "default": limits.scheduler}
     fields["prompt"] |= {"pattern": r"\S", "maxLength": MAX_PROMPT_LENGTH}
     fields["negative_prompt"]["maxLength"] = MAX_PROMPT_LENGTH
     for name, field in fields.items():
@@ -36,6 +36,8 @@ def input_schema(limits: ModelLimits) -> dict[str, Any]:
         if name != "prompt":
             # null means the default
             field["type"] = [field["type"], "null"]
+            if "enum" in field:
+                field["enum"].append(None)
     return _headed(schema, "Job input")
 
 

@@ -14,6 +14,8 @@ usage: generate.sh PROMPT [options]
   --guidance N        guidance scale: how closely to follow the prompt
   --images N          how many pictures
   --scheduler NAME    the sampler
+  --format NAME       png, jpeg or webp (default: by FILE's ending)
+  --quality N         quality of jpeg and webp, 1 to 100
 
 The endpoint is that of ENDPOINT_ID and RUNPOD_API_KEY, or ENDPOINT_URL, such as http://localhost:8000.
 TEXT
@@ -24,7 +26,8 @@ die() {
     exit 1
 }
 
-output=picture.png
+output=
+format=
 fields=()
 while (($#)); do
     case $1 in
@@ -32,7 +35,7 @@ while (($#)); do
         usage
         exit
         ;;
-    -o | -n | --seed | --steps | --size | --guidance | --images | --scheduler)
+    -o | -n | --seed | --steps | --size | --guidance | --images | --scheduler | --format | --quality)
         (($# > 1)) || die "$1 wants a value"
         case $1 in
         -o) output=$2 ;;
@@ -44,6 +47,8 @@ while (($#)); do
         --steps) fields+=(num_inference_steps "$2") ;;
         --guidance) fields+=(guidance_scale "$2") ;;
         --images) fields+=(num_images "$2") ;;
+        --format) format=$2 ;;
+        --quality) fields+=(output_quality "$2") ;;
         *) fields+=("${1#--}" "$2") ;;
         esac
         shift 2
@@ -60,6 +65,16 @@ done
     usage >&2
     exit 2
 }
+case $output in
+*.[pP][nN][gG]) ending=png ;;
+*.[jJ][pP][gG] | *.[jJ][pP][eE][gG]) ending=jpeg ;;
+*.[wW][eE][bB][pP]) ending=webp ;;
+*) ending= ;;
+esac
+[[ -z $format || ${ending:-$format} == "$format" ]] || die "$output is the name of a $ending, --format says $format"
+format=${format:-${ending:-png}}
+output=${output:-picture.$format}
+[[ $format == png ]] || fields+=(output_format "$format")
 [[ -d $(dirname -- "$output") ]] || die "no such directory: $(dirname -- "$output")"
 
 if [[ -n ${ENDPOINT_URL:-} ]]; then
@@ -124,7 +139,7 @@ import sys
 prompt, *pairs = sys.argv[1:]
 job_input = {"prompt": prompt}
 for name, value in zip(pairs[::2], pairs[1::2]):
-    if name not in ("negative_prompt", "scheduler"):
+    if name not in ("negative_prompt", "scheduler", "output_format"):
         try:
             value = json.loads(value)
         except ValueError:
@@ -195,13 +210,13 @@ stem, extension = os.path.splitext(path)
 for i, image in enumerate(images, start=1):
     name = f"{stem}-{i}{extension}" if len(images) > 1 else path
     if "image" in image:
-        png = base64.b64decode(image["image"])
+        file = base64.b64decode(image["image"])
     else:
         with urllib.request.urlopen(image["image_url"], timeout=120) as link:
-            png = link.read()
+            file = link.read()
     # a picture is there as a whole or not at all
-    with open(name + ".part", "wb") as file:
-        file.write(png)
+    with open(name + ".part", "wb") as part:
+        part.write(file)
     os.replace(name + ".part", name)
     print(f"{name} seed {image['seed']}")
 for warning in output.get("warnings", []):

@@ -32,12 +32,12 @@ class Bucket:
             }
         )
 
-    def uploads_under(self, folder: str) -> Callable[[bytes, str], str]:
-        """``upload`` into a folder: from a PNG file and its name to a link."""
-        return lambda png, name: self.upload(png, f"{folder}/{name}")
+    def uploads_under(self, folder: str) -> Callable[[bytes, str, str], str]:
+        """``upload`` into a folder: from a file, its name and its media type to a link."""
+        return lambda file, name, media_type: self.upload(file, f"{folder}/{name}", media_type)
 
-    def upload(self, png: bytes, key: str) -> str:
-        """Stores a PNG file under ``key`` and gives a link to it that works for a week.
+    def upload(self, file: bytes, key: str, media_type: str) -> str:
+        """Stores a picture's file under ``key`` and gives a link to it that works for a week.
 
         Raises:
             JobError: if the bucket cannot be reached or refuses.
@@ -45,7 +45,7 @@ class Bucket:
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            self._client.put_object(Bucket=self._name, Key=key, Body=png, ContentType="image/png")
+            self._client.put_object(Bucket=self._name, Key=key, Body=file, ContentType=media_type)
         except ClientError as error:
             code = error.response.get("Error", {}).get("Code", "unknown")
             raise JobError(f"the endpoint's bucket refused the picture: {code}") from error

@@ -1,4 +1,4 @@
-"""From pictures to the job's output: PNG, base64, the parameters inside the file, the platform's limit."""
+"""From pictures to the job's output: files, base64, the parameters inside the file, the platform's limit."""
 
 import base64
 import io
@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, NotRequired
 
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from src.request import ImageRequest, JobError
+from src.request import ImageRequest, JobError, OutputFormat
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Picture:
 
 
 def parameters(request: ImageRequest, seed: int, model_name: str) -> str:
-    """The text that Stable Diffusion tools read from a PNG's ``parameters`` chunk."""
+    """The text from which Stable Diffusion tools read how a picture was made."""
     lines = [request.prompt]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
@@ -39,20 +39,35 @@ def parameters(request: ImageRequest, seed: int, model_name: str) -> str:
     return "\n".join(lines)
 
 
-def png(image: Image.Image, text: str) -> bytes:
-    """``image`` as a PNG file with ``text`` in its ``parameters`` chunk."""
-    info = PngInfo()
-    info.add_text("parameters", text)
+def encode(image: Image.Image, text: str, output_format: OutputFormat, quality: int) -> bytes:
+    """``image`` as a file, with ``text`` where Stable Diffusion tools look for it.
+
+    That is a PNG's ``parameters`` chunk; in other formats, EXIF's UserComment, in UTF-16 of EXIF's own byte order.
+
+    Args:
+        image: the picture, RGB.
+        text: what ``parameters`` gives.
+        output_format: of the file.
+        quality: 1 to 100, of formats that lose something.
+    """
     file = io.BytesIO()
-    image.save(file, format="PNG", pnginfo=info)
+    if output_format == "png":
+        info = PngInfo()
+        info.add_text("parameters", text)
+        image.save(file, format="PNG", pnginfo=info)
+    else:
+        exif = Image.Exif()
+        comment = b"UNICODE\0" + text.encode("utf-16-be")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+        image.save(file, format=output_format, quality=quality, exif=exif)
     return file.getvalue()
 
 
 class OutputImage(TypedDict):
     """One image of a job's output: the picture itself, or a link to it where a bucket is set up."""
 
-    image: Annotated[NotRequired[str], Field(description="The PNG in base64, without a data: prefix")]
-    image_url: Annotated[NotRequired[str], Field(description="A link to the PNG that works for a week")]
+    image: Annotated[NotRequired[str], Field(description="The picture's file in base64, without a data: prefix")]
+    image_url: Annotated[NotRequired[str], Field(description="A link to the picture's file that works for a week")]
     seed: Annotated[int, Field(description="The seed that paints this picture again")]
     nsfw_content_detected: Annotated[
         bool | None, Field(description="Whether the safety checker blanked the picture; null without a checker")
@@ -68,6 +83,9 @@ class OutputParameters(TypedDict):
     guidance_scale: float
     scheduler: str
     model: Annotated[str, Field(description="The model's name")]
+    output_format: Annotated[
+        NotRequired[OutputFormat], Field(description="The picture's file format; left out for png")
+    ]
     warnings: Annotated[NotRequired[list[str]], Field(description="What the client should know")]
 
 
@@ -91,7 +109,7 @@ def job_output(
     *,
     model_name: str,
     max_result_bytes: int,
-    upload: Callable[[bytes, str], str] | None = None,
+    upload: Callable[[bytes, str, str], str] | None = None,
 ) -> JobOutput:
     """What the client reads of a finished job.
 
@@ -101,17 +119,19 @@ def job_output(
         warnings: what the client should know; left out of the output when empty.
         model_name: the model's name.
         max_result_bytes: the largest result that the platform takes, in bytes.
-        upload: stores a PNG file under a name and gives a link to it; without it the output holds the pictures.
+        upload: stores a file under a name, with its media type, and gives a link to it; without it the output holds the
+            pictures.
 
     Raises:
         JobError: if the result is larger than the platform takes, or as ``upload`` does.
     """
     images = []
     for i, picture in enumerate(pictures, start=1):
-        file = png(picture.image, parameters(request, picture.seed, model_name))
+        text = parameters(request, picture.seed, model_name)
+        file = encode(picture.image, text, request.output_format, request.output_quality)
         image: OutputImage = {"seed": picture.seed, "nsfw_content_detected": picture.nsfw}
         if upload:
-            image["image_url"] = upload(file, f"picture-{i}.png")
+            image["image_url"] = upload(file, f"picture-{i}.{request.output_format}", f"image/{request.output_format}")
         else:
             image["image"] = base64.b64encode(file).decode()
         images.append(image)
@@ -123,13 +143,16 @@ def job_output(
         "scheduler": request.scheduler,
         "model": model_name,
     }
+    if request.output_format != "png":
+        shared["output_format"] = request.output_format
     if warnings:
         shared["warnings"] = warnings
     output: JobOutput = {**images[0], **shared} if len(images) == 1 else {"images": images, **shared}
     size = len(json.dumps({"output": output}))
     if size > max_result_bytes:
+        way_out = "jpeg or webp as output_format" if request.output_format == "png" else "a lower output_quality"
         raise JobError(
             f"the result has {size / 1e6:.1f} MB, the limit is {max_result_bytes / 1e6:.1f} MB: "
-            "ask for fewer or smaller images, or have a bucket set up for the endpoint"
+            f"ask for fewer or smaller images, for {way_out}, or have a bucket set up for the endpoint"
         )
     return output

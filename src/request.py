@@ -35,6 +35,9 @@ SchedulerName = Literal[
 ]
 """The names that Cog's Stable Diffusion and RunPod's SDXL worker use."""
 
+OutputFormat = Literal["png", "jpeg", "webp"]
+"""The names that Replicate's and OpenAI's image APIs share; also Pillow's, media types' and file endings."""
+
 MAX_PROMPT_LENGTH = 2_000
 """In characters: well beyond the text encoder's 77 tokens."""
 MIN_SIZE = 64
@@ -123,6 +126,10 @@ class ImageRequest(BaseModel):
         Field(default_factory=lambda: secrets.randbits(32))
     )
     num_images: Annotated[Integer, Field(ge=1, le=MAX_IMAGES, description="Number of images")] = 1
+    output_format: Annotated[OutputFormat, Field(description="The picture's file format")] = "png"
+    output_quality: Annotated[
+        Integer, Field(ge=1, le=100, description="Quality of `jpeg` and `webp`; `png` loses nothing")
+    ] = 90
     scheduler: Annotated[str, Field(description="Sampler")]
 
     @classmethod
@@ -231,6 +238,9 @@ def _format_error(error: ErrorDetails) -> str:
             said = f"must be at most {bounds['le']}, got {_short(value)}"
         case "multiple_of":
             said = f"must be a multiple of {bounds['multiple_of']}, got {_short(value)}"
+        case "literal_error":
+            allowed = bounds["expected"].replace("'", "")
+            said = f"must be {allowed}, got {_short(value) if isinstance(value, str) else _kind(value)}"
         case _:
             said = error["msg"]
     return f"{name}: {said}"

@@ -4,6 +4,7 @@ import asyncio
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import boto3
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 from src.bucket import Bucket
 from src.engine import Engine
-from src.request import JobError
+from src.request import JobError, OutputFormat
 from src.settings import Settings
 from src.worker import Worker
 
@@ -47,7 +48,7 @@ def settings(address: str, name: str = "pictures") -> Settings:
 
 
 def test_what_is_uploaded_can_be_fetched_by_its_link(storage: str):
-    link = Bucket(settings(storage)).upload(b"a PNG", "job-1/picture-1.png")
+    link = Bucket(settings(storage)).upload(b"a PNG", "job-1/picture-1.png", "image/png")
     fetched = requests.get(link, timeout=10)
     assert (fetched.content, fetched.headers["Content-Type"]) == (b"a PNG", "image/png")
     assert "X-Amz-Expires=604800" in link and "job-1/picture-1.png" in link
@@ -67,6 +68,16 @@ def test_a_job_gives_links_in_place_of_pictures(
         picture = Image.open(io.BytesIO(requests.get(linked["image_url"], timeout=10).content))
         assert picture.text["parameters"].count(f"Seed: {given['seed']},") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output_format", get_args(OutputFormat))
+def test_a_link_is_named_and_typed_by_its_format(storage: str, v1_4_engine: Engine, output_format: str):
+    asked = {"prompt": "a cat", "num_inference_steps": 1, "output_format": output_format}
+    told = asyncio.run(Worker(v1_4_engine, settings(storage)).handle({"id": "job-5", "input": asked}))
+    assert f"job-5/picture-1.{output_format}?" in told["image_url"]
+    fetched = requests.get(told["image_url"], timeout=10)
+    picture = Image.open(io.BytesIO(fetched.content))
+    assert fetched.headers["Content-Type"] == Image.MIME[picture.format] == f"image/{output_format}"
 
 
 def refusal(settings: Settings, engine: Engine) -> str:
@@ -91,6 +102,6 @@ def test_a_wrong_key_is_refused(storage: str):
     requests.post(f"{storage}/moto-api/reset-auth", data="0", timeout=10)
     try:
         with pytest.raises(JobError, match=r"the endpoint's bucket refused the picture: InvalidAccessKeyId"):
-            Bucket(settings(storage)).upload(b"a PNG", "job-4/picture-1.png")
+            Bucket(settings(storage)).upload(b"a PNG", "job-4/picture-1.png", "image/png")
     finally:
         requests.post(f"{storage}/moto-api/reset-auth", data="inf", timeout=10)

@@ -75,6 +75,28 @@ def test_the_script_saves_several_pictures(platform: Platform, client: Client, t
     assert {path.name for path in tmp_path.iterdir()} == {"sea-1.png", "sea-2.png", "sea-3.png"}
 
 
+@pytest.mark.parametrize(
+    ("options", "name", "kind"),
+    [
+        (["-o", "sea.JPG"], "sea.JPG", "JPEG"),
+        (["-o", "sea.webp", "--quality", "10"], "sea.webp", "WEBP"),
+        (["--format", "jpeg"], "picture.jpeg", "JPEG"),
+        (["-o", "sea", "--format", "webp"], "sea", "WEBP"),
+        (["-o", "v1.4"], "v1.4", "PNG"),
+    ],
+)
+@pytest.mark.parametrize("example", ["script", "python"])
+def test_a_file_holds_what_its_ending_says(
+    platform: Platform, client: Client, tmp_path: Path, example: str, options: list[str], name: str, kind: str
+):
+    if example == "script":
+        ran = generate(tmp_path, environment(platform), "the sea", "--steps", "1", *options)
+    else:
+        ran = python_example(platform, tmp_path, "the sea", *options)
+    assert ran.stdout.startswith(f"{name} seed "), ran.stderr
+    assert Image.open(tmp_path / name).format == kind
+
+
 def test_the_script_and_the_sdks_local_server(local_server: str, tmp_path: Path):
     ran = generate(tmp_path, os.environ | {"ENDPOINT_URL": local_server + "/"}, "the sea", "--steps", "2")
     assert ran.returncode == 0, ran.stderr
@@ -108,6 +130,16 @@ def test_the_script_fetches_a_picture_from_a_bucket(tmp_path: Path):
         (["the sea", "--stpes", "3"], {}, "unknown option --stpes, see --help"),
         (["the sea", "--steps"], {}, "--steps wants a value"),
         (["the", "sea"], {}, "one prompt only: put it in quotes"),
+        (
+            ["the sea", "-o", "sea.jpg", "--format", "webp"],
+            {},
+            "sea.jpg is the name of a jpeg, --format says webp",
+        ),
+        (
+            ["the sea", "--format", "gif"],
+            {},
+            "failed: invalid input: output_format: must be png, jpeg or webp, got gif",
+        ),
         (["the sea", "-o", "nowhere/picture.png"], {}, "no such directory: nowhere"),
         (["the sea"], {"RUNPOD_API_KEY": "wrong"}, "the API key was refused (401): check RUNPOD_API_KEY"),
         (["the sea"], {"ENDPOINT_URL": "http://127.0.0.1:9"}, "no answer from http://127.0.0.1:9: "),
@@ -278,6 +310,8 @@ LIKELY = {
     "guidance_scale": st.floats(-1, 31),
     "seed": st.integers(-1, 2**53 + 1),
     "num_images": st.integers(0, 5),
+    "output_format": st.sampled_from(["png", "jpeg", "webp", "gif", "PNG"]),
+    "output_quality": st.integers(0, 101),
     "scheduler": st.sampled_from(["PNDM", "KLMS", "Euler"]),
 }
 

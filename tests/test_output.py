@@ -4,11 +4,13 @@ import json
 import re
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageChops, ImageStat
+from PIL.PngImagePlugin import PngInfo
 
 from builder.schemas import V1_4
 from src.output import Picture, job_output, parameters
 from src.request import ImageRequest, JobError
+from src.weights import DEMO_MODEL
 
 RED = Image.new("RGB", (64, 64), (255, 0, 0))
 
@@ -59,6 +61,39 @@ def test_several_images():
     assert not {"image", "seed", "nsfw_content_detected"} & set(told)
 
 
+def test_a_png_is_what_it_always_was():
+    info = PngInfo()
+    info.add_text("parameters", parameters(request(), 5, "demo"))
+    file = io.BytesIO()
+    RED.save(file, "PNG", pnginfo=info)
+    for asked in (request(), request(output_format="png", output_quality=1)):
+        assert base64.b64decode(output(asked)["image"]) == file.getvalue()
+
+
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_other_formats_carry_the_same_parameters_and_are_as_large_as_their_quality(output_format: str):
+    # a few of the embedded model's own pictures
+    image = Image.open(DEMO_MODEL / "grid.png").convert("RGB").crop((0, 0, 256, 256))
+    sizes, differences = [], []
+    for quality in (1, 30, 60, 90, 100):
+        asked = request(prompt="中文山 🎿\nünïcödé", output_format=output_format, output_quality=quality)
+        told = output(asked, image=image)
+        assert told["output_format"] == output_format
+        picture = opened(told["image"])
+        assert (picture.format, picture.mode, picture.size) == (output_format.upper(), "RGB", image.size)
+        comment = picture.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+        assert comment[:8] == b"UNICODE\0"
+        assert comment[8:].decode("utf-16-be") == parameters(asked, 5, "demo")
+        sizes.append(len(told["image"]))
+        differences.append(sum(ImageStat.Stat(ImageChops.difference(image, picture)).mean))
+    assert sizes == sorted(sizes) and sizes[-1] < len(output(request(), image=image)["image"])
+    assert differences == sorted(differences, reverse=True) and differences[-1] < 6
+    assert (
+        output(request(output_format=output_format), image=image)["image"]
+        == output(request(output_format=output_format, output_quality=90), image=image)["image"]
+    )
+
+
 @pytest.mark.parametrize("prompt", ["a cat", "two\nlines", "emoji 🎿", "中文山, Steps: 3", "ünïcödé"])
 @pytest.mark.parametrize("negative_prompt", ["", "blurry, 模糊"])
 def test_a_saved_picture_can_be_made_again(prompt: str, negative_prompt: str):
@@ -83,4 +118,9 @@ def test_a_result_over_the_limit_is_refused_and_one_at_it_is_not():
     output(request(), limit=size)
     with pytest.raises(JobError, match="or have a bucket set up") as refused:
         output(request(), limit=size - 1)
-    assert str(refused.value).startswith("the result has 0.0 MB, the limit is 0.0 MB: ask for fewer or smaller images")
+    assert str(refused.value) == (
+        "the result has 0.0 MB, the limit is 0.0 MB: ask for fewer or smaller images, for jpeg or webp as "
+        "output_format, or have a bucket set up for the endpoint"
+    )
+    with pytest.raises(JobError, match=r"images, for a lower output_quality, or have a bucket set up"):
+        output(request(output_format="jpeg"), limit=size)

@@ -9,7 +9,7 @@ import pytest
 from builder.schemas import V1_4, input_schema
 from src.engine import SCHEDULERS
 from src.output import Picture, job_output
-from src.request import MAX_SEED, ImageRequest, SchedulerName
+from src.request import MAX_SEED, ImageRequest, OutputFormat, SchedulerName
 from src.settings import DEFAULT_MODEL_ID, Settings
 from tests.test_output import RED
 
@@ -36,6 +36,8 @@ def test_the_request_table():
         if "maximum" in field:
             assert bounds.split(",")[0] == f"{field['minimum']} to {field['maximum']}"
     assert rows["seed"][2].endswith(str(MAX_SEED))
+    assert re.match(r"(`\w+`(, )?)+$", rows["output_format"][2])
+    assert re.findall(r"`(\w+)`", rows["output_format"][2]) == list(get_args(OutputFormat))
     assert re.findall(r"`(\w+)`", rows["scheduler"][2]) == list(get_args(SchedulerName)) == list(SCHEDULERS)
     assert f"{V1_4.native_size}" in rows["width"][1] and f"64 to {V1_4.max_size}" in rows["width"][2]
 
@@ -44,7 +46,7 @@ def test_the_response_table():
     request = ImageRequest.parse({"prompt": "x"}, V1_4)
     output = job_output(request, [Picture(RED, 1, None)], ["look out"], model_name="demo", max_result_bytes=10**7)
     rows = table("field \\| what it holds")
-    assert set(rows) == set(output) | {"image_url"}
+    assert set(rows) == set(output) | {"image_url", "output_format"}
 
 
 def test_the_settings_table():

@@ -34,6 +34,8 @@ def test_the_baselines_body_gets_the_models_defaults():
         "num_inference_steps": 50,
         "guidance_scale": 7.5,
         "num_images": 1,
+        "output_format": "png",
+        "output_quality": 90,
         "scheduler": "PNDM",
     }
     assert 0 <= request.seed < 2**32
@@ -62,6 +64,8 @@ def test_seeds_are_drawn_anew_and_count_up():
         ("guidance_scale", [0, 30, 7.25, 7], [-0.001, 30.001, -1, 31]),
         ("seed", [0, MAX_SEED, 5.0], [-1, MAX_SEED + 1, 0.5]),
         ("num_images", [1, 4], [0, 5]),
+        ("output_format", ["png", "jpeg", "webp"], ["", "PNG", "jpg", "gif"]),
+        ("output_quality", [1, 100, 90.0], [0, 101, 0.9]),
         (
             "scheduler",
             [
@@ -93,7 +97,7 @@ def test_the_embedded_model_paints_smaller_pictures():
 
 
 NOTHING_TAKES = [True, False, [], ["x"], {}, {"a": 1}, math.nan, math.inf, -math.inf]
-TEXTS = ("prompt", "negative_prompt", "scheduler")
+TEXTS = ("prompt", "negative_prompt", "output_format", "scheduler")
 
 
 @pytest.mark.parametrize("field", list(ImageRequest.model_fields))
@@ -105,6 +109,10 @@ def test_wrong_types(field: str):
 @pytest.mark.parametrize("job_input", [None, [], ["x"], "a cat", 5, True])
 def test_input_that_is_no_object(job_input: object):
     assert refusal(job_input).startswith('must be an object such as {"prompt": "..."}, got ')
+
+
+def test_an_unknown_format_is_refused_with_those_there_are():
+    assert refusal({"prompt": "x", "output_format": "gif"}) == "output_format: must be png, jpeg or webp, got gif"
 
 
 def test_all_faults_are_told_together():
@@ -193,6 +201,8 @@ def test_whatever_is_sent_is_either_taken_whole_or_refused_in_words(job_input: o
             "guidance_scale": st.floats(0, 30) | st.integers(0, 30),
             "seed": st.integers(0, MAX_SEED - 3),
             "num_images": st.integers(1, 4),
+            "output_format": st.sampled_from(["png", "jpeg", "webp"]),
+            "output_quality": st.integers(1, 100),
         },
     )
 )
