@@ -97,4 +97,4 @@ def test_a_device_fault_reaches_the_platform_as_refresh_worker(v1_4_engine: Engi
 def test_a_result_over_the_limit_is_an_error(v1_4_engine: Engine):
     told = run(v1_4_engine, job(num_images=4), Settings(max_result_bytes=10_000))
     assert set(told) == {"error"}
-    assert "the limit is 0.0 MB: ask for fewer or smaller images, or" in told["error"]
+    assert "the limit is 0.0 MB: ask for fewer or smaller images, for" in told["error"]
