@@ -94,19 +94,20 @@ def main() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        worker = build_worker(Settings.from_environment())
+        settings = Settings.from_environment()
+        worker = build_worker(settings)
     except (StartError, JobError) as error:
         refuse_to_start(error)
     if "--check" in sys.argv:
         return
 
-    import runpod
+    from src import platform
 
     handle, kept = worker.handle, list[Path]()
     if not on_runpod() and "--rp_serve_api" not in sys.argv:
         handle = keep_pictures(handle, kept)
     try:
-        runpod.serverless.start({"handler": handle, "concurrency_modifier": worker.concurrency})
+        platform.start(handle, settings.max_concurrency)
     finally:
         for path in kept:
             print(f"picture: {path}")

@@ -16,6 +16,7 @@ from handler import ENVIRONMENT
 from src import pipeline
 from src.engine import Engine, Progress
 from src.output import Picture, job_output
+from src.platform import start
 from src.request import ImageRequest
 from src.settings import Settings
 from src.worker import Worker
@@ -52,12 +53,10 @@ def serve(kind: str, seconds: float) -> None:
         painted = engine._submit(request, Progress()).result()
         return job_output(request, painted.pictures, [], model_name="", max_result_bytes=settings.max_result_bytes)
 
-    worker = Worker(engine, settings)
-    runpod.serverless.start(
-        {"handler": plain}
-        if kind == "plain"
-        else {"handler": worker.handle, "concurrency_modifier": worker.concurrency}
-    )
+    if kind == "plain":
+        runpod.serverless.start({"handler": plain})
+    else:
+        start(Worker(engine, settings).handle, settings.max_concurrency)
 
 
 def measure(kind: str, jobs: int, seconds: float, concurrency: int | None) -> float:
