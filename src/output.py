@@ -3,11 +3,12 @@
 import base64
 import io
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, NotRequired
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffTags
 from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -42,7 +43,7 @@ def parameters(request: ImageRequest, seed: int, model_name: str) -> str:
 def encode(image: Image.Image, text: str, output_format: OutputFormat, quality: int) -> bytes:
     """``image`` as a file, with ``text`` where Stable Diffusion tools look for it.
 
-    That is a PNG's ``parameters`` chunk; in other formats, EXIF's UserComment, in UTF-16 of EXIF's own byte order.
+    That is a PNG's ``parameters`` chunk, and EXIF's UserComment in the other formats.
 
     Args:
         image: the picture, RGB.
@@ -56,11 +57,20 @@ def encode(image: Image.Image, text: str, output_format: OutputFormat, quality: 
         info.add_text("parameters", text)
         image.save(file, format="PNG", pnginfo=info)
     else:
-        exif = Image.Exif()
-        comment = b"UNICODE\0" + text.encode("utf-16-be")
-        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
-        image.save(file, format=output_format, quality=quality, exif=exif)
+        image.save(file, format=output_format, quality=quality, exif=_exif(b"UNICODE\0" + text.encode("utf-16-be")))
     return file.getvalue()
+
+
+def _exif(comment: bytes) -> bytes:
+    """EXIF with ``comment`` as its UserComment, in big-endian order.
+
+    Pillow's own Exif writes bytes as BYTE; the standard wants UNDEFINED here, and tools read nothing else.
+    """
+    header = struct.pack(">2sHI", b"MM", 42, 8)
+    # each directory: the number of its entries; tag, type, count, offset; no directory after it
+    main = struct.pack(">HHHIII", 1, ExifTags.IFD.Exif, TiffTags.LONG, 1, 26, 0)
+    nested = struct.pack(">HHHIII", 1, ExifTags.Base.UserComment, TiffTags.UNDEFINED, len(comment), 44, 0)
+    return b"Exif\0\0" + header + main + nested + comment
 
 
 class OutputImage(TypedDict):

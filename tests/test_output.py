@@ -3,6 +3,8 @@ import io
 import json
 import re
 
+import piexif
+import piexif.helper
 import pytest
 from PIL import ExifTags, Image, ImageChops, ImageStat
 from PIL.PngImagePlugin import PngInfo
@@ -82,8 +84,10 @@ def test_other_formats_carry_the_same_parameters_and_are_as_large_as_their_quali
         picture = opened(told["image"])
         assert (picture.format, picture.mode, picture.size) == (output_format.upper(), "RGB", image.size)
         comment = picture.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
-        assert comment[:8] == b"UNICODE\0"
-        assert comment[8:].decode("utf-16-be") == parameters(asked, 5, "demo")
+        assert (comment[:8], comment[8:].decode("utf-16-be")) == (b"UNICODE\0", parameters(asked, 5, "demo"))
+        # AUTOMATIC1111's web UI and its kin read it like this
+        read = piexif.load(base64.b64decode(told["image"]))["Exif"][piexif.ExifIFD.UserComment]
+        assert piexif.helper.UserComment.load(read) == parameters(asked, 5, "demo")
         sizes.append(len(told["image"]))
         differences.append(sum(ImageStat.Stat(ImageChops.difference(image, picture)).mean))
     assert sizes == sorted(sizes) and sizes[-1] < len(output(request(), image=image)["image"])

@@ -145,7 +145,8 @@ def test_every_fault_is_told_in_words_and_costs_no_other_job(platform: Platform,
         "bad": "invalid input: width: must be a multiple of 8, got 515",
     }
     assert errors["too large"].endswith(
-        "the limit is 0.3 MB: ask for fewer or smaller images, or have a bucket set up for the endpoint"
+        "the limit is 0.3 MB: ask for fewer or smaller images, for jpeg or webp as output_format, "
+        "or have a bucket set up for the endpoint"
     )
     sent = " ".join(str(results(platform, job)) for name, job in jobs.items() if name in errors)
     for secret in ("Traceback", str(Path(__file__).parent), socket.gethostname(), platform.key):
