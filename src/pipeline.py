@@ -11,7 +11,7 @@ import transformers
 from diffusers import StableDiffusionPipeline
 from runpod import RunPodLogger
 
-from src import weights
+from src import driver, weights
 from src.graphs import Capture, GraphedStep
 from src.settings import DEFAULT_MODEL_ID, DEMO_MODEL_ID, Settings, StartError, on_runpod
 
@@ -45,10 +45,9 @@ def load(settings: Settings, dtype: torch.dtype | None = None) -> Model:
     quieten_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and on_runpod() and settings.model_id != DEMO_MODEL_ID:
+        why = driver.why_no_device(driver.find(), torch.version.cuda)
         raise StartError(
-            "no CUDA device. The endpoint needs a GPU host whose driver offers "
-            f"CUDA {torch.version.cuda or '13.0'} (choose it under Allowed CUDA versions). "
-            f"To paint with the embedded toy model on the CPU, set MODEL_ID={DEMO_MODEL_ID}"
+            f"no CUDA device: {why}. To paint with the embedded toy model on the CPU, set MODEL_ID={DEMO_MODEL_ID}"
         )
     model_id = settings.model_id or (DEFAULT_MODEL_ID if device == "cuda" else DEMO_MODEL_ID)
 

@@ -85,7 +85,7 @@ def test_the_default_model_is_v1_4_at_a_pinned_commit_on_a_gpu_and_the_embedded_
 def test_on_runpod_without_a_gpu_only_the_embedded_model_starts_and_only_by_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RUNPOD_WEBHOOK_GET_JOB", "http://localhost/job-take/$ID")
     for settings in (Settings(), Settings(model_id=DEFAULT_MODEL_ID)):
-        with pytest.raises(StartError, match=r"^no CUDA device.*CUDA \d+\.\d+.*MODEL_ID=demo"):
+        with pytest.raises(StartError, match=r"^no CUDA device: .*MODEL_ID=demo$"):
             pipeline.load(settings)
     assert pipeline.load(Settings(model_id="demo")).name == "demo"
 

@@ -227,7 +227,7 @@ def test_two_workers_share_the_queue_and_one_may_die():
     ("settings", "why"),
     [
         ({"ALWAYS_NAN": "1"}, "JobError: the model produced NaN instead of a picture"),
-        ({"MODEL_ID": ""}, "StartError: no CUDA device."),
+        ({"MODEL_ID": ""}, "StartError: no CUDA device: "),
         ({"MAX_CONCURRENCY": "none"}, "StartError: MAX_CONCURRENCY=none: Input should be a valid integer"),
     ],
 )

@@ -1,0 +1,66 @@
+"""The host's NVIDIA driver, and why PyTorch finds no device with it."""
+
+import ctypes
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+KERNEL_MODULE = Path("/proc/driver/nvidia/version")
+"""Where the driver's kernel module tells its version, to containers too."""
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What a host's driver says of itself, without a device."""
+
+    version: str | None
+    """The kernel module's, such as ``550.54.14``; None where there is none."""
+    cuda: str | None
+    """The newest CUDA that it runs, such as ``12.4``; None where its library is not in the container."""
+
+
+def find() -> Driver:
+    """Asks this machine for its driver."""
+    version = cuda = None
+    with suppress(OSError):
+        version = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", KERNEL_MODULE.read_text())
+    with suppress(OSError):
+        number = ctypes.c_int()
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)) == 0:
+            # 12040 is 12.4
+            cuda = f"{number.value // 1000}.{number.value % 1000 // 10}"
+    return Driver(version and version[0], cuda)
+
+
+def why_no_device(driver: Driver, built_for: str | None) -> str:
+    """Why PyTorch has no device, and what to do about it, in one line for the worker's operator.
+
+    Args:
+        driver: The host's.
+        built_for: The CUDA that PyTorch is built for, such as ``12.6``; None where it is built for the CPU.
+    """
+    if built_for is None:
+        return "PyTorch is built for the CPU: install its build for CUDA 12.6 or 13.0"
+    named = f"the host's driver{f' {driver.version}' if driver.version else ''}"
+    if driver.cuda is None:
+        found = f"{named} is not in the container" if driver.version else "the host has no NVIDIA driver"
+        return (
+            f"{found}, and PyTorch is built for CUDA {built_for}: "
+            "choose a GPU for the endpoint (with Docker, start the container with --gpus all)"
+        )
+    if _major(driver.cuda) < _major(built_for):
+        return (
+            f"{named} runs CUDA up to {driver.cuda}, and PyTorch is built for CUDA {built_for}: "
+            f"let the endpoint have hosts of CUDA {_major(built_for)}.0 and newer only, "
+            "or build the image for an older CUDA"
+        )
+    return (
+        f"{named} runs CUDA up to {driver.cuda}, which suits PyTorch's CUDA {built_for}, but it shows no usable GPU: "
+        "terminate this worker, so that RunPod starts one on another host"
+    )
+
+
+def _major(cuda: str) -> int:
+    """A driver runs all minor versions of its CUDA, by NVIDIA's minor-version compatibility, and all older CUDAs."""
+    return int(cuda.split(".")[0])
