@@ -110,9 +110,8 @@ def test_the_script_fetches_a_picture_from_a_bucket(tmp_path: Path):
 
         def work() -> None:
             (job,) = until(platform.jobs.values)
-            platform.end(
-                job, "COMPLETED", {"output": {"image_url": bucket.as_uri(), "seed": 1, "warnings": ["careful"]}}
-            )
+            result = {"output": {"image_url": bucket.as_uri(), "seed": 1, "warnings": ["careful"]}}
+            platform.loop.call_soon_threadsafe(platform.end, job, "COMPLETED", result)
 
         threading.Thread(target=work).start()
         ran = generate(tmp_path, environment(platform), "the sea")
@@ -171,7 +170,7 @@ def test_the_script_says_how_a_job_ended(tmp_path: Path, state: str):
 
         def end() -> None:
             (job,) = until(platform.jobs.values)
-            platform.end(job, state)
+            platform.loop.call_soon_threadsafe(platform.end, job, state)
 
         threading.Thread(target=end).start()
         assert told(generate(tmp_path, environment(platform), "the sea")).endswith(f"ended as {state}")

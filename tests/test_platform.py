@@ -89,8 +89,9 @@ def test_a_cancelled_job_frees_the_device(platform: Platform, client: Client):
     assert client.get(f"status/{long}")["status"] == "CANCELLED"
 
 
-def test_a_job_over_its_execution_time_is_stopped(platform: Platform, client: Client):
-    long = client.run(width=256, height=256, policy={"executionTimeout": 1500}, **SLOW)
+def test_a_job_over_its_execution_time_is_stopped(platform: Platform, client: Client, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(platform, "speed", 4)
+    long = client.run(width=256, height=256, policy={"executionTimeout": 6000}, **SLOW)
     assert client.finished(long)["status"] == "TIMED_OUT"
     assert client.paint("the sea")["status"] == "COMPLETED"
     assert results(platform, long) == []

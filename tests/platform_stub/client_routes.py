@@ -1,13 +1,16 @@
 """The endpoint's routes as its clients call them."""
 
-import json
 from collections import Counter
+from typing import TypeVar
 
 from aiohttp import web
+from pydantic import BaseModel, ValidationError
 
-from tests.platform_stub.job import FINAL, Job
+from tests.platform_stub.job import FINAL, MAX_RUN_BYTES, MAX_RUNSYNC_BYTES, Job, JobRequest, RunsyncQuery
 from tests.platform_stub.platform import ENDPOINT, Platform
 from tests.platform_stub.routes import error, find_job
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class ClientRoutes:
@@ -32,9 +35,9 @@ class ClientRoutes:
         return web.json_response({"id": job.id, "status": job.status})
 
     async def runsync(self, request: web.Request) -> web.Response:
+        query = _validated(RunsyncQuery, dict(request.query))
         job = await self._new_job(request)
-        wait = float(request.query.get("wait", 90_000)) / 1000
-        await self.platform.until(lambda: job.status in FINAL, wait)
+        await self.platform.until(lambda: job.status in FINAL, self.platform.seconds(query.wait))
         return web.json_response(job.public())
 
     async def status(self, request: web.Request) -> web.Response:
@@ -66,9 +69,6 @@ class ClientRoutes:
 
     async def health(self, request: web.Request) -> web.Response:
         count = Counter(job.status for job in self.platform.jobs.values())
-        busy = {job.worker for job in self.platform.jobs.values() if job.status == "IN_PROGRESS"}
-        alive = [name for name, worker in self.platform.workers.items() if worker.process.poll() is None]
-        ready = [name for name in alive if self.platform.workers[name].pings]
         return web.json_response(
             {
                 "jobs": {
@@ -78,26 +78,28 @@ class ClientRoutes:
                     "inQueue": count["IN_QUEUE"],
                     "retried": sum(job.retries for job in self.platform.jobs.values()),
                 },
-                "workers": {
-                    "idle": len(set(ready) - busy),
-                    "initializing": len(alive) - len(ready),
-                    "ready": len(ready),
-                    "running": len(set(ready) & busy),
-                    "throttled": 0,
-                    "unhealthy": 0,
-                },
+                "workers": self.platform.worker_states(),
             }
         )
 
     async def _new_job(self, request: web.Request) -> Job:
+        sync = request.path.endswith("runsync")
+        limit = MAX_RUNSYNC_BYTES if sync else MAX_RUN_BYTES
+        size = len(await request.read())
+        if size > limit:
+            raise web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=size)
         try:
             body = await request.json()
-            job_input = body["input"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except ValueError:
             raise error(web.HTTPBadRequest, 'the body must be JSON: {"input": {...}}') from None
-        timeout = body.get("policy", {}).get("executionTimeout")
-        sync = request.path.endswith("runsync")
-        job = Job(job_input, sync, execution_timeout=timeout / 1000 if timeout else None)
-        self.platform.jobs[job.id] = job
-        self.platform.enqueue(job)
+        job = Job.new(_validated(JobRequest, body), sync=sync)
+        self.platform.add(job)
         return job
+
+
+def _validated(kind: type[Model], value: object) -> Model:
+    try:
+        return kind.model_validate(value)
+    except ValidationError as invalid:
+        reasons = [": ".join([*map(str, reason["loc"]), reason["msg"]]) for reason in invalid.errors()]
+        raise error(web.HTTPBadRequest, "; ".join(reasons)) from None

@@ -1,21 +1,46 @@
-"""A job as the platform keeps it."""
+"""A job as clients ask for it, and as the platform keeps it."""
 
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, StrictBool, StrictInt
 
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
+MAX_RUN_BYTES, MAX_RUNSYNC_BYTES = 10_000_000, 20_000_000
+"""What a request may have, and a result."""
+WEEK = 7 * 24 * 3600 * 1000
+"""In milliseconds, as all of the API's durations."""
+
+
+class Policy(BaseModel):
+    """``policy`` of a request, with RunPod's documented defaults and bounds."""
+
+    executionTimeout: Annotated[StrictInt, Field(ge=5_000, le=WEEK)] = 600_000
+    ttl: Annotated[StrictInt, Field(ge=10_000, le=WEEK)] = 24 * 3600 * 1000
+    lowPriority: StrictBool = False
+    """Whether the job leaves the number of workers as it is, which this platform always does."""
+
+
+class JobRequest(BaseModel):
+    """The body of ``/run`` and ``/runsync``."""
+
+    input: Any
+    webhook: Annotated[str, Field(pattern="^https?://")] | None = None
+    policy: Policy = Policy()
+
+
+class RunsyncQuery(BaseModel):
+    wait: Annotated[int, Field(ge=1_000, le=300_000)] = 90_000
 
 
 @dataclass
 class Job:
     """A job as the platform keeps it; ``posts`` holds all that workers sent for it, in order, with the time."""
 
-    input: Any
-    sync: bool = False
-    execution_timeout: float | None = None
-    id: str = field(default_factory=lambda: f"{uuid.uuid4()}-local")
+    request: JobRequest
+    id: str
     status: str = "IN_QUEUE"
     output: Any = None
     error: str | None = None
@@ -27,9 +52,18 @@ class Job:
     posts: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
     stream: list[dict[str, Any]] = field(default_factory=list)
 
+    @classmethod
+    def new(cls, request: JobRequest, *, sync: bool) -> "Job":
+        return cls(request, f"{'sync-' if sync else ''}{uuid.uuid4()}-local")
+
+    @property
+    def sync(self) -> bool:
+        """Whether it came through ``/runsync``."""
+        return self.id.startswith("sync-")
+
     def public(self) -> dict[str, Any]:
         """What ``/status`` tells."""
-        told = {"id": self.id, "status": self.status}
+        told: dict[str, Any] = {"id": self.id, "status": self.status}
         if self.started:
             told["delayTime"] = round(1000 * (self.started - self.created))
             told["workerId"] = self.worker
@@ -38,3 +72,7 @@ class Job:
         return told | {
             name: value for name, value in (("output", self.output), ("error", self.error)) if value is not None
         }
+
+    def notification(self) -> dict[str, Any]:
+        """What its webhook gets: the whole job."""
+        return self.public() | self.request.model_dump(mode="json", include={"input", "webhook"})

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.platform_stub import webhook
 from tests.platform_stub.faults import Faults
 from tests.platform_stub.job import FINAL, Job
 
@@ -19,6 +20,8 @@ HANDLER = Path(__file__).parents[2] / "handler.py"
 ENDPOINT = "local"
 LOST_AFTER = 0.2
 """Seconds between two looks at whether the workers' processes live."""
+RUN_RETENTION, RUNSYNC_RETENTION = 30 * 60_000, 60_000
+"""Milliseconds for which a result is kept."""
 
 
 @dataclass
@@ -29,36 +32,97 @@ class WorkerProcess:
     pings: list[dict[str, str]] = field(default_factory=list)
     to_be_replaced: bool = False
 
+    def crashed(self) -> bool:
+        """Whether it ended in another way than by being told to, or by asking for another in its place."""
+        return self.process.poll() not in (None, 0) and not self.to_be_replaced
+
 
 class Platform:
-    """The platform's state. Everything but ``start_worker`` happens in one event loop."""
+    """The platform's state. Everything but ``start_worker`` happens in one event loop, ``loop``.
 
-    def __init__(self, key: str = "local", poll_seconds: float = 5.0) -> None:
+    Args:
+        key: the API key that clients and workers must send.
+        poll_seconds: how long a worker's request for jobs, or for stop signals, waits for some.
+        speed: how many of the platform's seconds pass in one second: of time-outs, retention, and a webhook's pauses.
+    """
+
+    def __init__(self, key: str = "local", poll_seconds: float = 5.0, speed: float = 1.0) -> None:
         self.key = key
         self.poll_seconds = poll_seconds
+        self.speed = speed
         self.url = ""
         self.jobs: dict[str, Job] = {}
         self.workers: dict[str, WorkerProcess] = {}
         self.faults = Faults()
         self.queue: list[Job] = []
         self.stops: dict[str, list[str]] = {}
+        self.throttled: set[str] = set()
+        """The names of workers that are given no jobs, as where their host has no GPU to spare."""
+        self.background: set[asyncio.Task[None]] = set()
+        self.loop: asyncio.AbstractEventLoop
         self._changed = asyncio.Event()
+
+    def seconds(self, milliseconds: float) -> float:
+        """A duration of the API in this machine's seconds."""
+        return milliseconds / 1000 / self.speed
+
+    def add(self, job: Job) -> None:
+        """Takes on a new job."""
+        self.jobs[job.id] = job
+        self.loop.call_later(self.seconds(job.request.policy.ttl), self.forget, job.id)
+        self.enqueue(job)
 
     def enqueue(self, job: Job) -> None:
         self.queue.append(job)
         self.notify()
 
+    def begin(self, job: Job, worker: str) -> None:
+        job.status, job.worker, job.started = "IN_PROGRESS", worker, time.monotonic()
+        timeout = self.seconds(job.request.policy.executionTimeout)
+        self.loop.call_later(timeout, self._time_out, job, job.started)
+
     def end(self, job: Job, status: str, result: dict[str, Any] | None = None) -> None:
         """Gives ``job`` its final state, and its worker a stop signal if it still works on it."""
         if job.status in FINAL:
             return
-        if job.status == "IN_PROGRESS" and status in ("CANCELLED", "TIMED_OUT"):
-            self.stops.setdefault(str(job.worker), []).append(job.id)
+        if status in ("CANCELLED", "TIMED_OUT"):
+            self._stop(job)
+        self._dequeue(job)
         result = result or {}
         job.status, job.output, job.error = status, result.get("output"), result.get("error")
         job.finished = time.monotonic()
-        self.queue = [waiting for waiting in self.queue if waiting is not job]
+        retention = self.seconds(RUNSYNC_RETENTION if job.sync else RUN_RETENTION)
+        self.loop.call_later(retention, self._forget_result, job, job.finished)
+        if job.request.webhook and status in ("COMPLETED", "FAILED"):
+            delivery = webhook.deliver(job.request.webhook, job.notification(), self.seconds(webhook.PAUSE))
+            task = self.loop.create_task(delivery)
+            self.background.add(task)
+            task.add_done_callback(self.background.discard)
         self.notify()
+
+    def forget(self, job_id: str) -> None:
+        """Removes a job in whatever state it is: from then on it is unknown."""
+        if job := self.jobs.pop(job_id, None):
+            self._stop(job)
+            self._dequeue(job)
+
+    def _dequeue(self, job: Job) -> None:
+        self.queue = [waiting for waiting in self.queue if waiting is not job]
+
+    def _stop(self, job: Job) -> None:
+        """Tells the worker that has ``job``, if one has, to stop it."""
+        if job.status == "IN_PROGRESS":
+            self.stops.setdefault(str(job.worker), []).append(job.id)
+            self.notify()
+
+    def _time_out(self, job: Job, started: float) -> None:
+        if job.started == started:
+            self.end(job, "TIMED_OUT", {"error": "job timed out"})
+
+    def _forget_result(self, job: Job, finished: float) -> None:
+        # not if it was sent again meanwhile
+        if job.finished == finished:
+            self.forget(job.id)
 
     def notify(self) -> None:
         self._changed.set()
@@ -95,6 +159,23 @@ class Platform:
     def busy(self) -> bool:
         """Whether any job has not reached its final state."""
         return any(job.status not in FINAL for job in self.jobs.values())
+
+    def worker_states(self) -> dict[str, int]:
+        """How many workers there are in each state, as ``/health`` counts them."""
+        alive = {name for name, worker in self.workers.items() if worker.process.poll() is None}
+        pinged = {name for name, worker in self.workers.items() if worker.pings}
+        crashed = {name for name in set(self.workers) - alive if self.workers[name].crashed()}
+        ready = alive & pinged - self.throttled
+        busy = {job.worker for job in self.jobs.values() if job.status == "IN_PROGRESS"}
+        states = {
+            "idle": ready - busy,
+            "initializing": alive - pinged - self.throttled,
+            "ready": ready,
+            "running": ready & busy,
+            "throttled": alive & self.throttled,
+            "unhealthy": crashed,
+        }
+        return {state: len(names) for state, names in states.items()}
 
     async def watch_workers(self) -> None:
         """Ends the jobs of workers that died, and replaces workers that asked for it."""

@@ -29,6 +29,7 @@ def application(platform: Platform) -> web.Application:
 
 
 async def serve(platform: Platform, port: int, ready: Callable[[], None]) -> None:
+    platform.loop = asyncio.get_running_loop()
     # a taker that hangs up must not be given a job
     runner = web.AppRunner(application(platform), handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
     await runner.setup()
@@ -39,6 +40,8 @@ async def serve(platform: Platform, port: int, ready: Callable[[], None]) -> Non
         ready()
         await platform.watch_workers()
     finally:
+        for task in platform.background:
+            task.cancel()
         await runner.cleanup()
 
 

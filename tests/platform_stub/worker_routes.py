@@ -1,16 +1,14 @@
 """The platform's routes as RunPod's SDK calls them from a worker."""
 
-import asyncio
 import json
 import time
 from typing import Any
 
 from aiohttp import web
 
+from tests.platform_stub.job import MAX_RUN_BYTES, MAX_RUNSYNC_BYTES
 from tests.platform_stub.platform import ENDPOINT, Platform
 from tests.platform_stub.routes import error, find_job
-
-MAX_RUN_BYTES, MAX_RUNSYNC_BYTES = 10_000_000, 20_000_000
 
 
 class WorkerRoutes:
@@ -67,17 +65,15 @@ class WorkerRoutes:
         return web.json_response({})
 
     async def _take(self, request: web.Request, most: int) -> list[dict[str, Any]]:
-        await self.platform.until(lambda: bool(self.platform.queue), self.platform.poll_seconds)
-        jobs, self.platform.queue[:most] = self.platform.queue[:most], []
+        worker, platform = request.match_info["worker"], self.platform
+        await platform.until(lambda: bool(platform.queue) and worker not in platform.throttled, platform.poll_seconds)
+        if worker in platform.throttled:
+            return []
+        jobs, platform.queue[:most] = platform.queue[:most], []
         for job in jobs:
-            if job.status != "IN_QUEUE":
-                continue
-            job.status, job.worker, job.started = "IN_PROGRESS", request.match_info["worker"], time.monotonic()
-            if job.execution_timeout:
-                asyncio.get_running_loop().call_later(
-                    job.execution_timeout, self.platform.end, job, "TIMED_OUT", {"error": "job timed out"}
-                )
-        if jobs and (fault := next((fault for fault in self.platform.faults if fault.twice), None)):
-            self.platform.faults.use_up(fault)
-            self.platform.queue[:0] = jobs
-        return [{"id": job.id, "input": job.input} for job in jobs]
+            if job.status == "IN_QUEUE":
+                platform.begin(job, worker)
+        if jobs and (fault := next((fault for fault in platform.faults if fault.twice), None)):
+            platform.faults.use_up(fault)
+            platform.queue[:0] = jobs
+        return [{"id": job.id, "input": job.request.input} for job in jobs]
