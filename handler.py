@@ -82,10 +82,10 @@ def refuse_to_start(error: Exception) -> NoReturn:
     runpod.RunPodLogger().error(f"the worker cannot start: {error}")
     if on_runpod():
 
-        @runpod.serverless.register_fitness_check
         def the_worker_can_start() -> None:
             raise error
 
+        runpod.serverless.register_fitness_check(the_worker_can_start)
         runpod.serverless.start({"handler": None})
     sys.exit(1)
 
@@ -103,7 +103,8 @@ def main() -> None:
 
     from src import platform
 
-    handle, kept = worker.handle, list[Path]()
+    handle: Handler = worker.handle
+    kept: list[Path] = []
     if not on_runpod() and "--rp_serve_api" not in sys.argv:
         handle = keep_pictures(handle, kept)
     try:

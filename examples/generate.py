@@ -39,7 +39,8 @@ def generate(endpoint: runpod.Endpoint, job_input: dict[str, Any], timeout: floa
         raise
     if answer["status"] != "COMPLETED":
         raise RuntimeError(f"{answer['status']}: {answer.get('error', 'no reason given')}")
-    return answer["output"]
+    output: dict[str, Any] = answer["output"]
+    return output
 
 
 def picture(image: dict[str, Any]) -> bytes:
@@ -47,7 +48,8 @@ def picture(image: dict[str, Any]) -> bytes:
     if "image" in image:
         return base64.b64decode(image["image"])
     with urllib.request.urlopen(image["image_url"], timeout=120) as link:
-        return link.read()
+        file: bytes = link.read()
+    return file
 
 
 def main() -> None:

@@ -84,7 +84,7 @@ class Capture:
             RuntimeError: if it does what a graph cannot hold, such as waiting for the device.
         """
         fixed = [each.clone() for each in inputs]
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             for _ in range(2):

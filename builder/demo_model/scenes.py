@@ -180,7 +180,7 @@ class _Brush:
         phase = self.rng.uniform(0, 2 * np.pi)
         xs = np.arange(0, CANVAS + 4, 4)
         ys = level - height * np.sin(2 * np.pi * xs / length + phase)
-        self.pen.polygon([(0, CANVAS), *zip(xs, ys, strict=True), (CANVAS, CANVAS)], fill=color)
+        self.pen.polygon([(0, CANVAS), *zip(xs.tolist(), ys.tolist(), strict=True), (CANVAS, CANVAS)], fill=color)
 
     def peak(self, x: float, base: float, width: float, height: float, color: Color, snow: Color | None) -> None:
         self.pen.polygon([(x - width / 2, base), (x, base - height), (x + width / 2, base)], fill=color)

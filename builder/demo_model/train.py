@@ -70,7 +70,8 @@ def training_pictures(scenes: list[Scene], build: Path) -> np.ndarray:
         painted = np.stack([np.asarray(draw(scene, Random(i))) for i, scene in enumerate(scenes)])
         np.save(build / "painting.npy", painted)
         (build / "painting.npy").rename(path)
-    return np.load(path, mmap_mode="r")
+    pictures: np.ndarray = np.load(path, mmap_mode="r")
+    return pictures
 
 
 def as_tensor(pictures: np.ndarray, device: torch.device = DEVICE) -> Tensor:
@@ -95,7 +96,9 @@ def fit(
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.08)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"ema": ema} if ema else {})
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    if ema:
+        parts["ema"] = ema
     path, first = build / f"{name}.pt", 0
     if path.exists():
         saved = torch.load(path, map_location=DEVICE)
@@ -151,7 +154,8 @@ def train_tokenizer(scenes: list[Scene], folder: Path) -> CLIPTokenizer:
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     """Token ids as the pipeline makes them: int64, (n, 77)."""
-    ids = tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+    tokens = tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    ids: Tensor = tokens.input_ids
     return ids.to(DEVICE)
 
 
@@ -231,11 +235,13 @@ def train_vae(pictures: np.ndarray, build: Path) -> AutoencoderKL:
 
     def blurred_loss(rng: Random) -> Tensor:
         loss, posterior = picture_loss(rng, lambda posterior: posterior.sample())
-        return loss + 1e-6 * posterior.kl().mean()
+        divergence: Tensor = posterior.kl()
+        return loss + 1e-6 * divergence.mean()
 
     def sharp_loss(rng: Random) -> Tensor:
         loss, posterior = picture_loss(rng, lambda posterior: posterior.mean + 0.05 * torch.randn_like(posterior.mean))
-        return loss + 1e-4 * posterior.mean.float().square().mean()
+        mean: Tensor = posterior.mean
+        return loss + 1e-4 * mean.float().square().mean()
 
     fit("vae", build, vae, blurred_loss, steps=VAE_STEPS, learning_rate=2e-3)
     fit("vae_sharp", build, vae, sharp_loss, steps=VAE_SHARP_STEPS, learning_rate=1.5e-3)
@@ -261,7 +267,8 @@ def training_latents(vae: AutoencoderKL, pictures: np.ndarray, build: Path) -> T
     path = build / "latents.pt"
     if not path.exists():
         torch.save(encode(vae, pictures) * vae.config.scaling_factor, path)
-    return torch.load(path, map_location=DEVICE)
+    latents: Tensor = torch.load(path, map_location=DEVICE)
+    return latents
 
 
 def noise_schedule() -> DDIMScheduler:
@@ -321,7 +328,7 @@ def train_unet(
             predicted = unet(noisy, timesteps, hidden).sample.float()
         error = F.mse_loss(predicted, schedule.get_velocity(clean, noise, timesteps), reduction="none")
         snr = compute_snr(schedule, timesteps)
-        weight = (snr.clamp(max=SNR_GAMMA) + 1) / (snr + 1)
+        weight: Tensor = (snr.clamp(max=SNR_GAMMA) + 1) / (snr + 1)
         return (error.mean(dim=(1, 2, 3)) * weight).mean()
 
     ema = EMAModel(unet.parameters(), decay=0.999)
