@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
+import huggingface_hub
 import torch
 import transformers
 from diffusers import StableDiffusionPipeline
@@ -86,6 +87,7 @@ def quieten_libraries() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity(logging.ERROR)
     # importing the SDK turns on every library's INFO lines: several for each file of a download
     logging.getLogger().setLevel(logging.WARNING)
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, snapshot_download
+from httpx2 import TransportError
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -139,6 +141,8 @@ def _download(wanted: dict[str, Any], settings: Settings) -> Path:
     name = wanted["repo_id"] + (f" at revision {wanted['revision']}" if wanted["revision"] else "")
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
     try:
+        # asks once; snapshot_download would ask for a commit half a minute long when the hub cannot be reached
+        HfApi(token=token).model_info(wanted["repo_id"], revision=wanted["revision"] or constants.DEFAULT_REVISION)
         return Path(snapshot_download(**wanted, token=token))
     except GatedRepoError as error:
         raise StartError(f"{name} is gated: accept its licence on the hub and set HF_TOKEN") from error
@@ -146,7 +150,7 @@ def _download(wanted: dict[str, Any], settings: Settings) -> Path:
         raise StartError(f"{name}: the hub has no such revision") from error
     except RepositoryNotFoundError as error:
         raise StartError(f"{name}: the hub has no such model, or it is private and HF_TOKEN may not read it") from error
-    except LocalEntryNotFoundError as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, TransportError) as error:
         if constants.HF_HUB_OFFLINE:
             hint = "choose it as the endpoint's Model, or set HF_HUB_OFFLINE=0 to download it"
             raise StartError(f"{name} is in no local cache, and HF_HUB_OFFLINE=1 forbids a download: {hint}") from error

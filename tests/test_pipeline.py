@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,9 +205,9 @@ def test_of_a_model_that_runpod_cached_the_newest_usable_commit_is_taken(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(weights, "RUNPOD_CACHE", tmp_path)
-    for commit, time in (("old", 1), ("new", 3), ("damaged", 4), ("middle", 2)):
+    for commit, changed in (("old", 1), ("new", 3), ("damaged", 4), ("middle", 2)):
         cached(repository, tmp_path, REPO, commit)
-        os.utime(tmp_path / "models--someone--tiny" / "snapshots" / commit, (time, time))
+        os.utime(tmp_path / "models--someone--tiny" / "snapshots" / commit, (changed, changed))
     (tmp_path / "models--someone--tiny" / "snapshots" / "damaged" / "model_index.json").unlink()
     found = weights.find(REPO, Settings())
     assert (found.name, found.revision, found.where) == (REPO, "new", "RunPod's cached models")
@@ -237,5 +238,9 @@ def test_what_the_hub_refuses_is_told_in_one_line(repository: Path, tmp_path: Pa
     with hub.serve(REPO, repository, token="hf_other") as (address, _):
         said = find(home | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_secret"})
         assert said == f"refused: {REPO} is gated: accept its licence on the hub and set HF_TOKEN\n"
-    assert "the hub cannot be reached" in find(home | {"HF_ENDPOINT": "http://127.0.0.1:9"})
+    for revision in ("main", hub.REVISION):
+        unreachable = home | {"HF_ENDPOINT": "http://127.0.0.1:9", "MODEL_REVISION": revision}
+        started = time.monotonic()
+        assert "the hub cannot be reached" in find(unreachable)
+        assert time.monotonic() - started < 15
     assert "or set HF_HUB_OFFLINE=0 to download it" in find(home | {"HF_HUB_OFFLINE": "1"})
