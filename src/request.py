@@ -49,6 +49,21 @@ MAX_IMAGES = 4
 """As in Cog's Stable Diffusion. Four PNGs of 1024 x 1024 come near the platform's limit for a result."""
 MAX_SEED = 2**53 - 1
 """The largest integer that a JSON client can hold exactly (IEEE 754 double)."""
+OTHER_NAMES = {
+    "batch_size": "num_images",
+    "n": "num_images",
+    "n_iter": "num_images",
+    "num_images_per_prompt": "num_images",
+    "num_outputs": "num_images",
+    "num_samples": "num_images",
+    "samples": "num_images",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "sampler": "scheduler",
+    "sampler_index": "scheduler",
+    "sampler_name": "scheduler",
+}
+"""What the web UIs and other workers call a field, where no word of ours is in it."""
 MAX_REPORTED_ERRORS = 20
 MAX_QUOTED_CHARACTERS = 40
 """What an error quotes of a value before it is cut."""
@@ -96,6 +111,7 @@ def _real_number(value: object) -> object:
 
 
 def _plain_text(value: str) -> str:
+    value = value.replace("\r\n", "\n")
     if _LONE_SURROGATE.search(value):
         raise PydanticCustomError("lone_surrogate", "must be valid Unicode, has a lone surrogate")
     if _CONTROL_CHARACTER.search(value):
@@ -247,9 +263,15 @@ def _format_error(error: ErrorDetails) -> str:
 
 
 def _nearest_field(name: str) -> str | None:
+    """The field that a name most likely means: by another tool's word, by its own words, or but for a slip."""
     fields = list(ImageRequest.model_fields)
-    within = [field for field in fields if len(name) > 2 and name.lower() in field]
-    return next(iter(within or difflib.get_close_matches(name.lower(), fields, n=1, cutoff=0.4)), None)
+    name = name.lower()
+    if name in OTHER_NAMES:
+        return OTHER_NAMES[name]
+    within = [field for field in fields if set(name.split("_")) <= set(field.split("_"))]
+    if len(within) == 1:
+        return within[0]
+    return next(iter(difflib.get_close_matches(name, fields, n=1, cutoff=0.75)), None)
 
 
 def _kind(value: object) -> str:

@@ -125,18 +125,37 @@ def test_all_faults_are_told_together():
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
-        ("steps", "num_inference_steps"),
         ("Width", "width"),
-        ("negative", "negative_prompt"),
+        ("hieght", "height"),
+        ("negativ_prompt", "negative_prompt"),
+        ("negative-prompt", "negative_prompt"),
+        ("numImages", "num_images"),
+        ("output_fromat", "output_format"),
+        ("quality", "output_quality"),
+        # what users of other workers bring
+        ("num_outputs", "num_images"),
+        ("n_iter", "num_images"),
+        ("batch_size", "num_images"),
+        ("num_images_per_prompt", "num_images"),
+        ("steps", "num_inference_steps"),
+        ("num_steps", "num_inference_steps"),
         ("cfg_scale", "guidance_scale"),
+        ("guidance", "guidance_scale"),
+        ("negative", "negative_prompt"),
+        ("sampler", "scheduler"),
+        ("sampler_name", "scheduler"),
     ],
 )
 def test_the_nearest_name_is_suggested(name: str, meant: str):
     assert refusal({"prompt": "x", name: 1}) == f"{name}: unknown field, did you mean {meant}?"
 
 
-def test_a_name_like_no_other_gets_no_suggestion():
-    assert refusal({"prompt": "x", "zzz": 1}) == "zzz: unknown field"
+@pytest.mark.parametrize(
+    "name",
+    ["zzz", "", "_", "output", "num", "image", "init_image", "strength", "clip_skip", "lora", "model", "hires_fix"],
+)
+def test_a_name_that_is_not_near_gets_no_suggestion(name: str):
+    assert refusal({"prompt": "x", name: 1}) == f"{name}: unknown field"
 
 
 def test_a_flood_of_faults_is_cut():
@@ -146,11 +165,16 @@ def test_a_flood_of_faults_is_cut():
 
 
 @pytest.mark.parametrize(
-    "text", ["\ud800", "cat \udfff", "bell\x07", "nul\x00", "esc\x1b[0m", "del\x7f", "c1\x85", "cr\r"]
+    "text", ["\ud800", "cat \udfff", "bell\x07", "nul\x00", "esc\x1b[0m", "del\x7f", "c1\x85", "cr\r", "cr\rlf\n"]
 )
 def test_unprintable_text_is_refused(text: str):
     for field in ("prompt", "negative_prompt"):
         assert refusal({"prompt": "x", field: text}).startswith(f"{field}: must ")
+
+
+def test_a_line_end_of_windows_is_a_newline():
+    request = parse(prompt="two\r\nlines\r\n", negative_prompt="a\r\n\r\nb", seed=1)
+    assert request == parse(prompt="two\nlines", negative_prompt="a\n\nb", seed=1)
 
 
 @pytest.mark.parametrize(
