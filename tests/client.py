@@ -2,8 +2,12 @@
 
 import base64
 import io
+import json
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import requests
@@ -62,3 +66,26 @@ def picture(output: dict[str, Any]) -> Image.Image:
 def results(platform: Platform, job: str) -> list[dict[str, Any]]:
     """What workers sent as the job's result, progress left out."""
     return [post for _, post in platform.jobs[job].posts if post.get("status") != "IN_PROGRESS"]
+
+
+@contextmanager
+def receiver(*statuses: int) -> Iterator[tuple[str, list[tuple[float, dict[str, Any]]]]]:
+    """A client's server, that answers with ``statuses`` one after the other: its address, and what it got and when."""
+    received: list[tuple[float, dict[str, Any]]] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None: ...
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(statuses[len(received)])
+            self.end_headers()
+            received.append((time.monotonic(), json.loads(body)))
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/done?token=mine", received
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from PIL import Image
 from builder.schemas import V1_4, files, input_schema, output_schema
 from src.request import ImageRequest, JobError
 from src.settings import Settings
-from tests.client import Client, until
+from tests.client import Client, receiver, until
 from tests.platform_stub import Fault, Platform, serving
 
 ROOT = Path(__file__).parents[1]
@@ -230,11 +231,15 @@ def newman() -> Path:
     return folder / "node_modules" / ".bin" / "newman"
 
 
-def run_collection(newman: Path, file: str, folder: Path, **variables: str) -> dict[str, Any]:
-    """What newman reports of a run of the whole collection."""
+def run_collection(
+    newman: Path, file: str, folder: Path, requests: Sequence[str] = (), **variables: str
+) -> dict[str, Any]:
+    """What newman reports of a run of the whole collection, or of some ``requests`` of it."""
     postman = ROOT / "examples" / "postman"
     report = folder / "report.json"
     command = [newman, "run", postman / "stable-diffusion-worker.postman_collection.json", "-e", postman / file]
+    for request in requests:
+        command += ["--folder", request]
     for name, value in variables.items():
         command += ["--env-var", f"{name}={value}"]
     ran = subprocess.run(
@@ -253,19 +258,34 @@ def names_sent(run: dict[str, Any]) -> list[str]:
 
 def test_the_postman_collection_on_the_platform(newman: Path, platform: Platform, client: Client, tmp_path: Path):
     url = f"{platform.url}/v2/local"
-    run = run_collection(newman, "runpod.postman_environment.json", tmp_path, base_url=url, api_key=platform.key)
+    with receiver(200) as (webhook_url, received):
+        variables = {"base_url": url, "api_key": platform.key, "webhook_url": webhook_url, "allow_purge": "1"}
+        run = run_collection(newman, "runpod.postman_environment.json", tmp_path, **variables)
+        until(lambda: received)
     assert list(dict.fromkeys(names_sent(run))) == [
         "Generate",
         "Status",
         "Generate and wait",
         "Several images",
         "A bad request",
-        "Generate, to be cancelled",
+        "Retry",
+        "Generate with a webhook",
+        "Generate with a policy",
         "Cancel",
+        "Purge the queue",
         "Health",
     ]
     assert names_sent(run).count("Status") > 1
     assert run["stats"]["assertions"]["total"] >= 10
+
+
+def test_a_run_of_the_postman_collection_purges_the_queue_only_where_it_may(
+    newman: Path, platform: Platform, client: Client, tmp_path: Path
+):
+    variables = {"base_url": client.url, "api_key": platform.key}
+    requests = ["Generate with a webhook", "Purge the queue", "Health"]
+    run = run_collection(newman, "runpod.postman_environment.json", tmp_path, requests, **variables)
+    assert names_sent(run) == ["Health"]
 
 
 def test_the_postman_collection_on_the_sdks_local_server(newman: Path, local_server: str, tmp_path: Path):

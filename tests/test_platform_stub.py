@@ -1,17 +1,13 @@
 """The stand-in of RunPod's platform does what RunPod's documents say, as far as clients can see it."""
 
 import itertools
-import json
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
-from tests.client import Client, until
+from tests.client import Client, receiver, until
 from tests.platform_stub import Platform, serving
 from tests.platform_stub.job import WEEK
 
@@ -40,29 +36,6 @@ def finish(client: Client, job: str, **result: Any) -> None:
 
 def is_unknown(client: Client, job: str) -> bool:
     return client.session.get(f"{client.url}/status/{job}", timeout=5).status_code == 404
-
-
-@contextmanager
-def receiver(*statuses: int) -> Iterator[tuple[str, list[tuple[float, dict[str, Any]]]]]:
-    """A client's server, that answers with ``statuses`` one after the other: its address, and what it got and when."""
-    received: list[tuple[float, dict[str, Any]]] = []
-
-    class Receiver(BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None: ...
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(statuses[len(received)])
-            self.end_headers()
-            received.append((time.monotonic(), json.loads(body)))
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/done?token=mine", received
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def test_a_webhook_gets_the_whole_job(client: Client):
