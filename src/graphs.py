@@ -14,14 +14,14 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Step = Callable[..., torch.Tensor]
 """Predicts from ``Inputs`` a tensor of the latents' shape."""
 
-MOST_SHAPES = 8
+MAX_GRAPHS = 8
 """Graphs kept at once: with guidance, two sizes of each of the shared calls of 1 to 4 images."""
 
 
 class GraphedStep:
     """A UNet's ``forward`` that captures a graph for each shape when it first meets it, and replays it from then on.
 
-    At most ``most_shapes`` graphs are kept; the one that has been unused for longest goes first. A shape that cannot be
+    At most ``max_graphs`` graphs are kept; the one that has been unused for longest goes first. A shape that cannot be
     captured is computed as it always was, and so is a call with arguments that a graph does not know.
     """
 
@@ -29,11 +29,11 @@ class GraphedStep:
         self,
         forward: Callable[..., tuple[torch.Tensor]],
         capture: Callable[[Step, Inputs], Step],
-        most_shapes: int = MOST_SHAPES,
+        max_graphs: int = MAX_GRAPHS,
     ) -> None:
         self._forward = forward
         self._capture = capture
-        self._most_shapes = most_shapes
+        self._max_graphs = max_graphs
         self._steps: OrderedDict[tuple[Any, ...], Step] = OrderedDict()
 
     def __call__(
@@ -49,18 +49,18 @@ class GraphedStep:
             return self._forward(sample, timestep, encoder_hidden_states, return_dict=return_dict, **others)
         inputs = (sample, timestep.to(sample.device), encoder_hidden_states)
         key = tuple((each.shape, each.dtype) for each in inputs)
-        step = self._steps.pop(key, None) or self._captured(inputs)
+        step = self._steps.pop(key, None) or self._capture_or_eager(inputs)
         self._steps[key] = step
-        if len(self._steps) > self._most_shapes:
+        if len(self._steps) > self._max_graphs:
             self._steps.popitem(last=False)
         return (step(*inputs),)
 
-    def _plain(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def _eager(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self._forward(*inputs, return_dict=False)[0]
 
-    def _captured(self, inputs: Inputs) -> Step:
+    def _capture_or_eager(self, inputs: Inputs) -> Step:
         try:
-            return self._capture(self._plain, inputs)
+            return self._capture(self._eager, inputs)
         except Exception as error:
             shape = " x ".join(map(str, inputs[0].shape))
             log.warn(f"no CUDA graph for latents of {shape}, computed without: {type(error).__name__}: {error}")
@@ -68,7 +68,7 @@ class GraphedStep:
                 # what the other graphs hold may be what is missing
                 self._steps.clear()
                 torch.cuda.empty_cache()
-            return self._plain
+            return self._eager
 
 
 class Capture:
@@ -83,21 +83,21 @@ class Capture:
         Raises:
             RuntimeError: if it does what a graph cannot hold, such as waiting for the device.
         """
-        fixed = [each.clone() for each in inputs]
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
+        static = [each.clone() for each in inputs]
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
             for _ in range(2):
-                step(*fixed)
-        here.wait_stream(aside)
+                step(*static)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # other threads, such as those that encode pictures, may go on meanwhile
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            predicted = step(*fixed)
+            predicted = step(*static)
 
         def replay(*new: torch.Tensor) -> torch.Tensor:
-            for mine, given in zip(fixed, new, strict=True):
-                mine.copy_(given)
+            for kept, given in zip(static, new, strict=True):
+                kept.copy_(given)
             graph.replay()
             # schedulers keep what they are given, and the next replay writes to the same place
             return predicted.clone()

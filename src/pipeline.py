@@ -72,7 +72,7 @@ def load(settings: Settings, dtype: torch.dtype | None = None) -> Model:
         pipe.enable_attention_slicing(settings.attention_slicing)
     graphs = settings.acceleration == "graphs" and pipe.device.type == "cuda"
     if graphs:
-        accelerate(pipe, sliced=settings.attention_slicing != "off")
+        enable_cuda_graphs(pipe, sliced=settings.attention_slicing != "off")
     log.info(
         f"weights: on {torch.cuda.get_device_name() if pipe.device.type == 'cuda' else 'the CPU'} "
         f"in {str(dtype).removeprefix('torch.')}, attention slicing {settings.attention_slicing}, "
@@ -92,7 +92,7 @@ def quieten_libraries() -> None:
     logging.getLogger().setLevel(logging.WARNING)
 
 
-def accelerate(pipe: StableDiffusionPipeline, *, sliced: bool) -> None:
+def enable_cuda_graphs(pipe: StableDiffusionPipeline, *, sliced: bool) -> None:
     """Lays the weights out as tensor cores like them, and lets the UNet be computed by CUDA graphs."""
     for model in (pipe.unet, pipe.vae):
         model.to(memory_format=torch.channels_last)

@@ -61,13 +61,13 @@ class Worker:
 
         async with progress_reports(job["id"], report):
             started = time.monotonic()
-            painted = await self._engine.generate(request, progress)
+            result = await self._engine.generate(request, progress)
             finished = time.monotonic()
             output = await asyncio.to_thread(
                 job_output,
                 request,
-                painted.pictures,
-                painted.warnings,
+                result.pictures,
+                result.warnings,
                 model_name=self._engine.model_name,
                 max_result_bytes=self._settings.max_result_bytes,
                 upload=self._bucket.uploads_under(job["id"]) if self._bucket else None,

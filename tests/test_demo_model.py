@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from builder.demo_model import captions, evaluate, scenes, train
-from src.engine import SCHEDULERS, Engine
+from src.batch import SCHEDULERS
+from src.engine import Engine
 from src.request import ImageRequest
 from src.weights import DEMO_MODEL
 

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image, ImageChops
 
 from src import pipeline
-from src.engine import SCHEDULERS, Engine, Painted
+from src.batch import SCHEDULERS
+from src.engine import Engine, GenerationResult
 from src.request import ImageRequest, JobError
 from src.settings import Settings
 
@@ -14,7 +15,7 @@ def request(engine: Engine, **job_input: object) -> ImageRequest:
     return ImageRequest.parse({"prompt": "a cat", "num_inference_steps": 2, "seed": 3} | job_input, engine.limits)
 
 
-def generate(engine: Engine, **job_input: object) -> Painted:
+def generate(engine: Engine, **job_input: object) -> GenerationResult:
     return asyncio.run(engine.generate(request(engine, **job_input)))
 
 
@@ -58,7 +59,7 @@ def test_size_and_guidance_reach_the_pipeline(v1_4_engine: Engine):
 
 
 def test_what_lies_beyond_77_tokens_is_quoted(demo_engine: Engine):
-    tokenizer = demo_engine._pipe.tokenizer
+    tokenizer = demo_engine._runner._pipe.tokenizer
     fitting = " ".join(["cat"] * 80)
     while len(tokenizer(fitting).input_ids) > 77:
         fitting = fitting[:-4]
@@ -76,7 +77,7 @@ def test_what_lies_beyond_77_tokens_is_quoted(demo_engine: Engine):
 def test_a_blanked_picture_is_black_and_said_to_be(repository):
     engine = Engine(pipeline.load(Settings(model_id=str(repository))), max_batch_images=4)
     # cosines start at -1: every picture is over this threshold
-    engine._pipe.safety_checker.concept_embeds_weights.data.fill_(-2.0)
+    engine._runner._pipe.safety_checker.concept_embeds_weights.data.fill_(-2.0)
     painted = generate(engine, num_images=2)
     assert [picture.nsfw for picture in painted.pictures] == [True, True]
     assert {picture.image.getextrema() for picture in painted.pictures} == {((0, 0),) * 3}
@@ -84,7 +85,7 @@ def test_a_blanked_picture_is_black_and_said_to_be(repository):
         "image 1 of 2 (seed 3) was blanked by the safety checker",
         "image 2 of 2 (seed 4) was blanked by the safety checker",
     ]
-    engine._pipe.safety_checker.concept_embeds_weights.data.fill_(2.0)
+    engine._runner._pipe.safety_checker.concept_embeds_weights.data.fill_(2.0)
     assert generate(engine).pictures[0].nsfw is False
 
 
@@ -93,9 +94,9 @@ def test_a_model_without_a_checker_says_nothing_of_nsfw(demo_engine: Engine):
 
 
 def test_nan_is_told_and_not_painted_black(v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch):
-    decode = v1_4_engine._pipe.vae.decode
+    decode = v1_4_engine._runner._pipe.vae.decode
     monkeypatch.setattr(
-        v1_4_engine._pipe.vae, "decode", lambda *args, **kwargs: (decode(*args, **kwargs)[0] * float("nan"),)
+        v1_4_engine._runner._pipe.vae, "decode", lambda *args, **kwargs: (decode(*args, **kwargs)[0] * float("nan"),)
     )
     with pytest.raises(JobError, match="the model produced NaN"):
         v1_4_engine.warm_up()
@@ -105,7 +106,7 @@ def test_the_event_loop_stays_free_while_the_engine_paints_one_at_a_time(
     v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ):
     painting, most = 0, 0
-    threads, forward = set(), v1_4_engine._pipe.unet.forward
+    threads, forward = set(), v1_4_engine._runner._pipe.unet.forward
 
     def counted(*args: object, **kwargs: object) -> object:
         nonlocal painting, most
@@ -124,7 +125,7 @@ def test_the_event_loop_stays_free_while_the_engine_paints_one_at_a_time(
             ticks += 1
         return ticks
 
-    monkeypatch.setattr(v1_4_engine._pipe.unet, "forward", counted)
+    monkeypatch.setattr(v1_4_engine._runner._pipe.unet, "forward", counted)
     assert asyncio.run(both()) > 10
     assert (most, len(threads)) == (1, 1)
     assert threading.current_thread().name not in threads

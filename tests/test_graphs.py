@@ -75,7 +75,7 @@ def test_images_and_dtypes_are_shapes_of_their_own(captures: Captures):
 
 
 def test_only_so_many_are_kept_and_the_one_unused_for_longest_goes(captures: Captures):
-    graphed = GraphedStep(lambda sample, *_, **__: (sample,), captures, most_shapes=2)
+    graphed = GraphedStep(lambda sample, *_, **__: (sample,), captures, max_graphs=2)
     for size in (8, 16, 8, 24, 8, 16):
         graphed(*inputs(size), return_dict=False)
     # 24 took the place of 16, which took the place of 24
@@ -140,7 +140,7 @@ def test_attention_is_fused_only_where_it_is_not_sliced(repository, monkeypatch:
         plain[sliced] = pipe("sea", generator=generator, **options).images
         if sliced:
             pipe.enable_attention_slicing()
-        pipeline.accelerate(pipe, sliced=sliced)
+        pipeline.enable_cuda_graphs(pipe, sliced=sliced)
         assert pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
         assert hasattr(pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1, "to_qkv") is not sliced
         painted = pipe("sea", generator=torch.Generator().manual_seed(1), **options).images

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from builder.schemas import V1_4, input_schema
-from src.engine import SCHEDULERS
+from src.batch import SCHEDULERS
 from src.output import Picture, job_output
 from src.request import MAX_SEED, ImageRequest, OutputFormat, SchedulerName
 from src.settings import DEFAULT_MODEL_ID, Settings

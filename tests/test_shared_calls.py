@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from builder.demo_model.evaluate import shape_colors
-from src.engine import Engine, Painted, Progress
+from src.engine import Engine, GenerationResult, Progress
 from src.pipeline import Model
 from src.request import ImageRequest, JobError
 from tests.test_engine import furthest, generate, request
@@ -20,11 +20,11 @@ Call = Callable[..., Any]
 Failing = Callable[[Call], None]
 
 
-def wait_together(engine: Engine, requests: list[ImageRequest]) -> list[Painted | BaseException]:
+def wait_together(engine: Engine, requests: list[ImageRequest]) -> list[GenerationResult | BaseException]:
     """What becomes of requests that all wait while the device is busy."""
     device_is_free = threading.Event()
 
-    async def wait() -> list[Painted | BaseException]:
+    async def wait() -> list[GenerationResult | BaseException]:
         engine._thread.submit(device_is_free.wait)
         answers = [asyncio.create_task(engine.generate(each)) for each in requests]
         await asyncio.sleep(0)
@@ -91,7 +91,7 @@ def test_eight_prompts_in_one_call_each_get_their_own_picture(demo_model: Model,
     painted = wait_together(engine, requests)
     assert [len(call) for call in calls] == [8]
     for one, (color, background), answer in zip(requests, asked, painted, strict=True):
-        assert isinstance(answer, Painted)
+        assert isinstance(answer, GenerationResult)
         (picture,) = answer.pictures
         assert picture.seed == one.seed
         assert shape_colors(np.asarray(picture.image)) == (color, background)
@@ -114,7 +114,7 @@ def test_requests_that_differ_in_shape_do_not_share_a_call(v1_4_engine: Engine, 
     painted = wait_together(v1_4_engine, requests)
     assert calls == [["0"], ["1"], ["2"], ["3"], ["4"], ["5"]]
     for one, answer in zip(requests, painted, strict=True):
-        assert isinstance(answer, Painted)
+        assert isinstance(answer, GenerationResult)
         assert answer.pictures[0].image.size == (one.width, one.height)
 
 
@@ -133,10 +133,7 @@ def test_images_count_towards_the_size_of_a_call(v1_4_model: Model, calls: list[
         engine, [request(engine, prompt="x", seed=0, num_images=3), request(engine, prompt="y", seed=50, num_images=3)]
     )
     assert calls == [["x", "x", "x", "y"], ["y", "y"]]
-    assert [[picture.seed for picture in answer.pictures] for answer in painted if isinstance(answer, Painted)] == [
-        [0, 1, 2],
-        [50, 51, 52],
-    ]
+    assert [[picture.seed for picture in answer.pictures] for answer in painted] == [[0, 1, 2], [50, 51, 52]]
     calls.clear()
     engine = Engine(v1_4_model, max_batch_images=1)
     assert [picture.seed for picture in generate(engine, prompt="x", num_images=4, seed=7).pictures] == [7, 8, 9, 10]
@@ -146,18 +143,18 @@ def test_images_count_towards_the_size_of_a_call(v1_4_model: Model, calls: list[
 def steps_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry, the number of images, for each denoising step that the device takes."""
     taken: list[int] = []
-    forward = engine._pipe.unet.forward
+    forward = engine._runner._pipe.unet.forward
 
     def counted(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         taken.append(len(latents) // 2)
         return forward(latents, *args, **kwargs)
 
-    monkeypatch.setattr(engine._pipe.unet, "forward", counted)
+    monkeypatch.setattr(engine._runner._pipe.unet, "forward", counted)
     return taken
 
 
 def test_a_request_cancelled_while_it_waits_never_reaches_the_device(v1_4_engine: Engine, calls: list[list[str]]):
-    async def cancel_one() -> list[Painted | BaseException]:
+    async def cancel_one() -> list[GenerationResult | BaseException]:
         device_is_free = threading.Event()
         v1_4_engine._thread.submit(device_is_free.wait)
         answers = [asyncio.create_task(v1_4_engine.generate(request(v1_4_engine, prompt=name))) for name in "abc"]
@@ -170,7 +167,7 @@ def test_a_request_cancelled_while_it_waits_never_reaches_the_device(v1_4_engine
     first, cancelled, last = asyncio.run(cancel_one())
     assert calls == [["a", "c"]]
     assert isinstance(cancelled, asyncio.CancelledError)
-    assert isinstance(first, Painted) and isinstance(last, Painted)
+    assert isinstance(first, GenerationResult) and isinstance(last, GenerationResult)
 
 
 def test_a_running_request_that_is_cancelled_frees_the_device_within_two_steps(
@@ -196,7 +193,7 @@ def test_a_cancelled_request_leaves_its_neighbours_alone(v1_4_engine: Engine, mo
     alone = generate(v1_4_engine, prompt="b", num_inference_steps=40).pictures[0]
     taken = steps_of(v1_4_engine, monkeypatch)
 
-    async def cancel_one() -> Painted:
+    async def cancel_one() -> GenerationResult:
         device_is_free = threading.Event()
         v1_4_engine._thread.submit(device_is_free.wait)
         gone, stays = (
@@ -218,13 +215,16 @@ def test_a_cancelled_request_leaves_its_neighbours_alone(v1_4_engine: Engine, mo
 def test_progress_grows_from_nothing_to_all_of_it(v1_4_model: Model, monkeypatch: pytest.MonkeyPatch):
     engine = Engine(v1_4_model, max_batch_images=2)
     progress, seen = Progress(), []
-    after_step = engine._after_step
+    run = engine._runner.run
 
-    def watched(*args: Any) -> Any:
-        seen.append(progress.share)
-        return after_step(*args)
+    def watched(requests: Any, seeds: Any, after_step: Callable[[float], None]) -> Any:
+        def seen_step(share: float) -> None:
+            seen.append(progress.share)
+            after_step(share)
 
-    monkeypatch.setattr(engine, "_after_step", watched)
+        return run(requests, seeds, seen_step)
+
+    monkeypatch.setattr(engine._runner, "run", watched)
     asyncio.run(engine.generate(request(engine, num_images=3, num_inference_steps=10, scheduler="DDIM"), progress))
     seen.append(progress.share)
     # two images in the first call, the third in the second
@@ -238,7 +238,7 @@ def test_out_of_memory_halves_a_call_until_it_fits(v1_4_engine: Engine, failing:
 
     failing(needs_memory)
     painted = wait_together(v1_4_engine, [request(v1_4_engine, prompt=name, num_images=2) for name in "ab"])
-    assert all(isinstance(answer, Painted) and len(answer.pictures) == 2 for answer in painted)
+    assert all(isinstance(answer, GenerationResult) and len(answer.pictures) == 2 for answer in painted)
     assert calls == [["a"], ["a"], ["b"], ["b"]]
 
 
@@ -267,7 +267,7 @@ def test_out_of_memory_alone_says_what_to_ask_for(v1_4_engine: Engine, failing: 
     assert isinstance(large, JobError) and not large.refresh_worker
     assert str(large) == "an image of 128 x 64 did not fit in GPU memory: ask for 64 x 64"
     assert str(small) == "an image of 64 x 64 did not fit in GPU memory: ask for a smaller one"
-    assert isinstance(fits, Painted)
+    assert isinstance(fits, GenerationResult)
 
 
 def test_only_what_fails_alone_fails(v1_4_engine: Engine, failing: Failing, calls: list[list[str]]):
@@ -279,7 +279,7 @@ def test_only_what_fails_alone_fails(v1_4_engine: Engine, failing: Failing, call
     first, bad, last = wait_together(
         v1_4_engine, [request(v1_4_engine, prompt=name, num_images=1 + (name == "a")) for name in "abc"]
     )
-    assert isinstance(first, Painted) and isinstance(last, Painted)
+    assert isinstance(first, GenerationResult) and isinstance(last, GenerationResult)
     assert str(bad) == "anything"
     assert calls == [["a", "a"], ["c"]]
 
@@ -302,16 +302,16 @@ def test_a_fault_in_handling_a_fault_leaves_nobody_waiting(
 
 
 def test_one_picture_of_nan_does_not_take_the_others_along(v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch):
-    decode = v1_4_engine._pipe.vae.decode
+    decode = v1_4_engine._runner._pipe.vae.decode
 
     def second_is_nan(*args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
         pictures = decode(*args, **kwargs)[0].clone()
         pictures[1] = float("nan")
         return (pictures,)
 
-    monkeypatch.setattr(v1_4_engine._pipe.vae, "decode", second_is_nan)
+    monkeypatch.setattr(v1_4_engine._runner._pipe.vae, "decode", second_is_nan)
     first, bad, last = wait_together(v1_4_engine, [request(v1_4_engine, prompt=name) for name in "abc"])
-    assert isinstance(first, Painted) and isinstance(last, Painted)
+    assert isinstance(first, GenerationResult) and isinstance(last, GenerationResult)
     assert isinstance(bad, JobError) and str(bad).startswith("the model produced NaN instead of a picture")
 
 

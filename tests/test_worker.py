@@ -75,7 +75,7 @@ def test_an_unforeseen_error_is_told_to_the_log_alone(
         raise RuntimeError("at /root/secret/path on host worker-7")
 
     with monkeypatch.context() as patch:
-        patch.setattr(v1_4_engine._pipe.vae, "decode", fail)
+        patch.setattr(v1_4_engine._runner._pipe.vae, "decode", fail)
         assert run(v1_4_engine, job()) == {"error": "internal error, see the worker's log for job job-1"}
     log = capsys.readouterr().out
     assert "job-1 | Traceback" in log
@@ -87,7 +87,7 @@ def test_a_device_fault_reaches_the_platform_as_refresh_worker(v1_4_engine: Engi
     def fail(*_: object, **__: object) -> None:
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
-    monkeypatch.setattr(v1_4_engine._pipe.unet, "forward", fail)
+    monkeypatch.setattr(v1_4_engine._runner._pipe.unet, "forward", fail)
     assert run(v1_4_engine, job()) == {
         "error": "the GPU failed and this worker is being replaced: send the job again",
         "refresh_worker": True,

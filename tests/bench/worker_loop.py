@@ -8,16 +8,16 @@ arrival to the last result, as a ratio of the pure work. A last column holds the
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 
 import runpod
 from PIL import Image
 
 from handler import ENVIRONMENT
-from src import pipeline
 from src.engine import Engine, Progress
 from src.output import Picture, job_output
 from src.platform import start
-from src.request import ImageRequest
+from src.request import ImageRequest, JobError, ModelLimits
 from src.settings import Settings
 from src.worker import Worker
 from tests.client import Client, until
@@ -30,28 +30,38 @@ RUNS = [
 ]
 
 
-class FixedEngine(Engine):
-    """An engine whose every call of the pipeline takes ``seconds``."""
+class FixedRunner:
+    """Batches that each take ``seconds``."""
 
-    seconds: float
+    model_name = "fixed"
+    limits = ModelLimits(native_size=128, max_size=256, scheduler="DDIM")
 
-    def _run(self, call: list) -> None:
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def run(self, requests: Sequence[ImageRequest], seeds: Sequence[int], _: object) -> list[Picture | JobError]:
         time.sleep(self.seconds)
-        for image in call:
-            picture = Image.effect_noise((image.request.width, image.request.height), 50).convert("RGB")
-            self._add(image.painting, Picture(picture, image.seed, None))
+        return [
+            Picture(Image.effect_noise((request.width, request.height), 50).convert("RGB"), seed, None)
+            for request, seed in zip(requests, seeds, strict=True)
+        ]
+
+    def release_memory(self) -> None:
+        pass
+
+    def truncation_warnings(self, _: ImageRequest) -> list[str]:
+        return []
 
 
 def serve(kind: str, seconds: float) -> None:
     """Is the worker."""
     settings = Settings.from_environment()
-    engine = FixedEngine(pipeline.load(settings), settings.max_batch_images)
-    engine.seconds = seconds
+    engine = Engine(None, settings.max_batch_images, FixedRunner(seconds))
 
     def plain(job: dict) -> dict:
         request = ImageRequest.parse(job["input"], engine.limits)
-        painted = engine._submit(request, Progress()).result()
-        return job_output(request, painted.pictures, [], model_name="", max_result_bytes=settings.max_result_bytes)
+        result = engine._submit(request, Progress()).result()
+        return job_output(request, result.pictures, [], model_name="", max_result_bytes=settings.max_result_bytes)
 
     if kind == "plain":
         runpod.serverless.start({"handler": plain})
