@@ -11,6 +11,9 @@ from src.batch import SCHEDULERS
 from src.output import Picture, job_output
 from src.request import MAX_SEED, ImageRequest, OutputFormat, SchedulerName
 from src.settings import DEFAULT_MODEL_ID, Settings
+from tests.platform_stub import Platform
+from tests.platform_stub.client_routes import ClientRoutes
+from tests.platform_stub.job import Policy
 from tests.test_output import RED
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +61,22 @@ def test_the_settings_table():
             assert default == f"`{field.default}`".lower()
         assert meaning.lower() in field.description.lower()
     assert f"`{DEFAULT_MODEL_ID}`" in rows["MODEL_ID"][0]
+
+
+def test_the_endpoints_routes():
+    routes = {f"{route.method} {route.path.removeprefix('/v2/local')}" for route in ClientRoutes(Platform()).routes()}
+    listed = {route.replace("<id>", "{job}") for route in table("route")}
+    # no worker of ours streams
+    assert listed == routes - {"GET /stream/{job}"}
+
+
+def test_the_policy_table():
+    rows, schema = table("`policy`"), Policy.model_json_schema()["properties"]
+    assert list(rows) == list(schema)
+    for name, (default, bounds, _) in rows.items():
+        assert default == str(schema[name]["default"]).lower()
+        if "minimum" in schema[name]:
+            assert bounds == f"{schema[name]['minimum']} to {schema[name]['maximum']}"
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)|^\| `([\w.]+(?:/[\w./]*|\.py))` \|", README, re.M))
