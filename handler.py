@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from src import startup
 from src.request import JobError
-from src.settings import Settings, StartError, on_runpod
+from src.settings import Settings, StartError, misspelt, on_runpod
 
 if TYPE_CHECKING:
     from src.worker import Worker
@@ -49,6 +49,8 @@ def build_worker(settings: Settings) -> "Worker":
     from src.worker import Worker
 
     log = pipeline.log
+    for hint in misspelt():
+        log.warn(hint)
     log.info(f"imports: {time.monotonic() - begun:.1f} s")
     engine = Engine(pipeline.load(settings), settings.max_batch_images)
     loaded = time.monotonic()

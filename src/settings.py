@@ -1,10 +1,11 @@
 """Every environment variable that the worker reads, validated once, at start."""
 
+import difflib
 import os
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 DEFAULT_MODEL_ID = "CompVis/stable-diffusion-v1-4"
@@ -19,7 +20,10 @@ class StartError(Exception):
 
 
 class Settings(BaseModel):
-    """The worker's settings. Each field is read from the environment variable of its name in capitals."""
+    """The worker's settings. Each field is read from the environment variable of its name in capitals.
+
+    A number's upper bound is there to catch a slipped digit, unless it has a source.
+    """
 
     model_config = ConfigDict(frozen=True, str_strip_whitespace=True)
 
@@ -44,7 +48,10 @@ class Settings(BaseModel):
     )
     max_batch_images: int = Field(4, ge=1, le=64, description="Images in one shared call")
     max_result_bytes: int = Field(
-        10_000_000, ge=1_000, description="Largest result in bytes; the default is the platform's limit for `/run`"
+        10_000_000,
+        ge=1_000,
+        le=20_000_000,  # the platform's limit for /runsync
+        description="Largest result in bytes; the default is the platform's limit for `/run`",
     )
     bucket_endpoint_url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = Field(
         None, description="S3-compatible storage for pictures; with it, results hold links. Needs all of `BUCKET_*`"
@@ -52,6 +59,11 @@ class Settings(BaseModel):
     bucket_access_key_id: SecretStr | None = Field(None, description="Its access key")
     bucket_secret_access_key: SecretStr | None = Field(None, description="Its secret key")
     bucket_name: str | None = Field(None, description="The bucket's name")
+
+    @field_validator("model_id")
+    @classmethod
+    def _embedded_model(cls, value: str) -> str:
+        return DEMO_MODEL_ID if value.lower() == DEMO_MODEL_ID else value
 
     @model_validator(mode="after")
     def _whole_bucket(self) -> Self:
@@ -74,13 +86,37 @@ class Settings(BaseModel):
         try:
             return cls.model_validate({name: value for name, value in given.items() if value})
         except ValidationError as error:
-            raise StartError("; ".join(map(_format_error, error.errors()))) from None
+            raise StartError("; ".join([*map(_format_error, error.errors()), *misspelt(environment)])) from None
+
+
+def misspelt(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """A line for each variable that is set and is no setting, but is named nearly like one."""
+    names = [name.upper() for name in Settings.model_fields]
+    lines = []
+    for variable in environment.keys() - set(names):
+        for near in difflib.get_close_matches(variable.upper(), names, n=1, cutoff=0.8):
+            lines.append(f"{variable} is not a setting: did you mean {near}?")
+    return sorted(lines)
 
 
 def _format_error(error: ErrorDetails) -> str:
+    """One of pydantic's errors in the operator's words."""
     if not error["loc"]:
         return error["msg"]
-    return f"{str(error['loc'][0]).upper()}={error['input']}: {error['msg']}"
+    name = str(error["loc"][0])
+    match error["type"]:
+        case "literal_error":
+            said = f"must be {error['ctx']['expected']}".replace("'", "")
+        case "bool_parsing":
+            said = "must be true or false"
+        case "int_parsing" | "int_parsing_size" | "greater_than_equal" | "less_than_equal":
+            least, most = Settings.model_fields[name].metadata
+            said = f"must be an integer from {least.ge} to {most.le}"
+        case "string_pattern_mismatch":
+            said = "must begin with http:// or https:// and have no spaces"
+        case _:
+            said = error["msg"]
+    return f"{name.upper()}={error['input']}: {said}"
 
 
 def on_runpod(environment: Mapping[str, str] = os.environ) -> bool:

@@ -57,7 +57,7 @@ def test_several_pictures_are_numbered_and_a_bad_job_fails(tmp_path: Path):
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"ATTENTION_SLICING": "fast"}, "ATTENTION_SLICING=fast: Input should be 'auto', 'max' or 'off'"),
+        ({"ATTENTION_SLICING": "fast"}, "ATTENTION_SLICING=fast: must be auto, max or off"),
         ({"MODEL_ID": "/no/such/model"}, "MODEL_ID=/no/such/model: no such directory"),
     ],
 )

@@ -306,6 +306,10 @@ def test_the_hubs_files_hold_what_the_code_holds():
     assert set(inputs) == {name.upper() for name in Settings.model_fields} | {"HF_HUB_OFFLINE"}
     defaults = {name: str(each["default"]) for name, each in inputs.items()}
     assert Settings.from_environment(defaults) == Settings(model_id="/model")
+    for name, field in Settings.model_fields.items():
+        if "max" in inputs[name.upper()]:
+            least, most = field.metadata
+            assert (inputs[name.upper()]["min"], inputs[name.upper()]["max"]) == (least.ge, most.le)
     for preset in hub["presets"]:
         Settings.from_environment(defaults | {name: str(value) for name, value in preset["defaults"].items()})
     tests = json.loads((ROOT / ".runpod" / "tests.json").read_text())

@@ -1,6 +1,11 @@
-import pytest
+import re
+from pathlib import Path
 
-from src.settings import Settings, StartError
+import huggingface_hub
+import pytest
+import runpod
+
+from src.settings import Settings, StartError, misspelt
 
 
 def refusal(**environment: str) -> str:
@@ -68,18 +73,60 @@ def test_a_bucket_is_set_up_as_a_whole_or_not_at_all():
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("ATTENTION_SLICING", "fast", "'auto', 'max' or 'off'"),
-        ("SAFETY_CHECKER", "perhaps", "boolean"),
-        ("MAX_CONCURRENCY", "0", "greater than or equal to 1"),
-        ("MAX_BATCH_IMAGES", "1000", "less than or equal to 64"),
-        ("MAX_RESULT_BYTES", "10MB", "integer"),
-        ("MAX_RESULT_BYTES", "-1", "greater than or equal to 1000"),
+        ("ATTENTION_SLICING", "fast", "auto, max or off"),
+        ("SAFETY_CHECKER", "perhaps", "true or false"),
+        ("MAX_CONCURRENCY", "0", "an integer from 1 to 100"),
+        ("MAX_CONCURRENCY", "2.5", "an integer from 1 to 100"),
+        ("MAX_BATCH_IMAGES", "1000", "an integer from 1 to 64"),
+        ("MAX_BATCH_IMAGES", "9" * 5000, "an integer from 1 to 64"),
+        ("MAX_RESULT_BYTES", "10MB", "an integer from 1000 to 20000000"),
+        ("MAX_RESULT_BYTES", "-1", "an integer from 1000 to 20000000"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(name: str, value: str, allowed: str):
-    said = refusal(**{name: value})
-    assert said.startswith(f"{name}={value}: ")
-    assert allowed in said
+    assert refusal(**{name: value}) == f"{name}={value}: must be {allowed}"
+
+
+@pytest.mark.parametrize("name", [name.upper() for name in Settings.model_fields])
+def test_no_setting_is_refused_in_the_validators_own_words(name: str):
+    for value in ("?", "-1", "9" * 5000, "a b"):
+        try:
+            Settings.from_environment({name: value})
+        except StartError as error:
+            assert re.fullmatch(r"\w+=.*: must .*|.* not set: set all of BUCKET_\* or none", str(error))
+
+
+def test_the_embedded_models_name_has_no_case():
+    assert Settings.from_environment({"MODEL_ID": "Demo"}) == Settings(model_id="demo")
+    assert Settings.from_environment({"MODEL_ID": "Demo/Model"}).model_id == "Demo/Model"
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("MAX_CONCURENCY", "MAX_CONCURRENCY"),
+        ("max_concurrency", "MAX_CONCURRENCY"),
+        ("MAX_BATCH_IMAGE", "MAX_BATCH_IMAGES"),
+        ("SAFTEY_CHECKER", "SAFETY_CHECKER"),
+        ("BUCKET_ENDPOINT", "BUCKET_ENDPOINT_URL"),
+        ("BUCKET_ACCESS_KEY", "BUCKET_ACCESS_KEY_ID"),
+        ("MODELID", "MODEL_ID"),
+    ],
+)
+def test_a_variable_that_is_nearly_a_setting_is_told(variable: str, meant: str):
+    hint = f"{variable} is not a setting: did you mean {meant}?"
+    assert misspelt({variable: "1", "PATH": "/bin"}) == [hint]
+    assert refusal(**{variable: "1", "ATTENTION_SLICING": "x"}).endswith(f"; {hint}")
+
+
+def test_what_others_read_is_not_taken_for_a_slip():
+    """Every variable that the platform's SDK and the hub's library ask for by a name in their code."""
+    asked = set()
+    for library in (runpod, huggingface_hub):
+        for path in Path(library.__file__).parent.rglob("*.py"):
+            asked |= set(re.findall(r"(?:environ(?:\.get)?|getenv)[\[(]\s*\"(\w+)\"", path.read_text(encoding="utf-8")))
+    assert {"RUNPOD_POD_ID", "HF_HOME", "HF_TOKEN", "BUCKET_ENDPOINT_URL"} <= asked
+    assert misspelt(dict.fromkeys(asked, "1")) == []
 
 
 def test_all_bad_values_are_told_together_and_the_token_never():
