@@ -1,30 +1,29 @@
-"""The entry point: settings -> pipeline -> engine -> worker, then RunPod's loop.
+"""The entry point: arguments -> settings -> pipeline -> engine -> worker, then RunPod's loop.
 
-python handler.py                  paints what test_input.json asks for
-python handler.py --check          starts, says what a start takes, and exits
+python handler.py                  generates what test_input.json asks for
+python handler.py --check          starts, says how long it took, and exits
 python handler.py --rp_serve_api   serves /run, /runsync and /status on localhost:8000
 """
 
-import base64
-import os
 import sys
-import time
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
 
-from src import startup
-from src.request import JobError
-from src.settings import Settings, StartError, misspelt, on_runpod
+if sys.version_info < (3, 11):  # noqa: UP036 - pip installs nothing for an older one
+    sys.exit("handler.py needs Python 3.11 or newer, this is Python %d.%d" % sys.version_info[:2])  # noqa: UP031
+
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, NoReturn
+
+from src.arguments import parse_arguments
 
 if TYPE_CHECKING:
-    from src.worker import Worker
-
-Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+    from src.settings import Settings
+    from src.worker import ProgressReports, Worker
 
 ENVIRONMENT = {
     # the SDK's default, DEBUG, logs prompts and pictures
-    "RUNPOD_LOG_LEVEL": os.environ.get("RUNPOD_DEBUG_LEVEL", "INFO"),
+    "RUNPOD_LOG_LEVEL": "INFO",
     # the picture painted at start proves more of the machine than the SDK's own checks, which would come after it
     "RUNPOD_SKIP_GPU_CHECK": "true",
     "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
@@ -34,13 +33,20 @@ ENVIRONMENT = {
 """What the libraries read from their environment, most of it at import, unless it says otherwise."""
 
 
-def build_worker(settings: Settings) -> "Worker":
-    """Imports what paints, loads the model and paints a first picture; the log tells what each took.
+def build_worker(settings: "Settings", progress_reports: "ProgressReports | None" = None) -> "Worker":
+    """Imports what generates, loads the model and generates a first picture; the log tells what each took.
+
+    Args:
+        settings: the worker's settings.
+        progress_reports: what ``Worker`` reports progress by.
 
     Raises:
         StartError: if the model cannot be loaded.
-        JobError: if it cannot paint.
+        JobError: if it cannot generate.
     """
+    from src import startup
+    from src.settings import misspelt
+
     begun = time.monotonic()
     startup.begin(settings)
     # these imports are most of a cold start: they wait until the disk is at work
@@ -58,28 +64,14 @@ def build_worker(settings: Settings) -> "Worker":
     log.info(f"warm-up: {time.monotonic() - loaded:.1f} s")
     startup.finish()
     log.info(f"ready: {pipeline.memory_in_use()}, {time.monotonic() - begun:.1f} s in all")
-    return Worker(engine, settings)
-
-
-def keep_pictures(handle: Handler, kept: list[Path]) -> Handler:
-    """``handle``, which also writes each picture into the working directory and adds its path to ``kept``."""
-
-    async def handle_and_keep(job: dict[str, Any]) -> dict[str, Any]:
-        output = await handle(job)
-        images = [image for image in output.get("images", [output]) if "image" in image]
-        for i, image in enumerate(images, start=1):
-            ending = output.get("output_format", "png")
-            path = Path(f"picture-{i}.{ending}" if len(images) > 1 else f"picture.{ending}").resolve()
-            path.write_bytes(base64.b64decode(image["image"]))
-            kept.append(path)
-        return output
-
-    return handle_and_keep
+    return Worker(engine, settings, progress_reports)
 
 
 def refuse_to_start(error: Exception) -> NoReturn:
     """Says why and exits with code 1. On the platform the SDK does it, and tells the host that the worker is unfit."""
     import runpod
+
+    from src.settings import on_runpod
 
     runpod.RunPodLogger().error(f"the worker cannot start: {error}")
     if on_runpod():
@@ -93,27 +85,38 @@ def refuse_to_start(error: Exception) -> NoReturn:
 
 
 def main() -> None:
+    arguments = parse_arguments()
+    if arguments.rp_log_level:
+        os.environ["RUNPOD_LOG_LEVEL"] = arguments.rp_log_level
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Ctrl-C ends a start, without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    # not before --help and a misspelt argument are answered
+    from src import local
+    from src.request import JobError
+    from src.settings import Settings, StartError, on_runpod
+
+    runs_one_job = not arguments.rp_serve_api and (arguments.test_input is not None or not on_runpod())
     try:
         settings = Settings.from_environment()
-        worker = build_worker(settings)
+        if arguments.rp_serve_api:
+            local.check_address(arguments.rp_api_host, arguments.rp_api_port)
+        elif runs_one_job and not arguments.check:
+            local.check_job(arguments.test_input)
+        worker = build_worker(settings, local.progress_bar if runs_one_job else None)
     except (StartError, JobError) as error:
         refuse_to_start(error)
-    if "--check" in sys.argv:
+    if arguments.check:
         return
+    if runs_one_job:
+        local.run_job(worker.handle, quiet=not arguments.rp_log_level)
+    else:
+        from src import platform
 
-    from src import platform
-
-    handle: Handler = worker.handle
-    kept: list[Path] = []
-    if not on_runpod() and "--rp_serve_api" not in sys.argv:
-        handle = keep_pictures(handle, kept)
-    try:
-        platform.start(handle, settings.max_concurrency)
-    finally:
-        for path in kept:
-            print(f"picture: {path}")
+        platform.start(worker.handle, settings.max_concurrency)
 
 
 if __name__ == "__main__":

@@ -3,26 +3,38 @@
 import asyncio
 import time
 import traceback
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from runpod import RunPodLogger
 
+from src import platform
 from src.bucket import Bucket
 from src.engine import Engine, Progress
 from src.output import job_output
-from src.platform import progress_reports
 from src.request import ImageRequest, JobError
 from src.settings import Settings
 
 log = RunPodLogger()
 
+ProgressReports = Callable[[str, Callable[[], dict[str, Any]]], AbstractAsyncContextManager[None]]
+"""For as long as its block runs, tells someone of the job by that id what the callable gives."""
+
 
 class Worker:
-    """Answers jobs, several at a time. ``handle`` is the ``handler`` for ``runpod.serverless.start``."""
+    """Answers jobs, several at a time. ``handle`` is the ``handler`` for ``runpod.serverless.start``.
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
+    Args:
+        engine: what generates.
+        settings: where pictures go, and how large a result may be.
+        progress_reports: in place of those to the platform.
+    """
+
+    def __init__(self, engine: Engine, settings: Settings, progress_reports: ProgressReports | None = None) -> None:
         self._engine = engine
         self._settings = settings
+        self._progress_reports = progress_reports or platform.progress_reports
         self._bucket = Bucket(settings) if settings.bucket_name else None
         self._in_flight: dict[str, asyncio.Task[dict[str, Any]]] = {}
 
@@ -59,7 +71,7 @@ class Worker:
             steps = request.num_inference_steps
             return {"progress": round(100 * progress.share), "step": round(steps * progress.share), "steps": steps}
 
-        async with progress_reports(job["id"], report):
+        async with self._progress_reports(job["id"], report):
             started = time.monotonic()
             result = await self._engine.generate(request, progress)
             finished = time.monotonic()

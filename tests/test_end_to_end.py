@@ -1,9 +1,19 @@
 """The real program in a real process: the local run, the local server over HTTP, starts that fail."""
 
+import ast
+import fcntl
+import json
 import os
+import pty
 import re
+import signal
+import socket
+import struct
 import subprocess
 import sys
+import termios
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,41 +27,170 @@ BASELINES_PROMPT = "A double-black diamond mountain to ski on near Seattle."
 
 
 def run_handler(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``handler.py`` as a person does, who sets no log level."""
+    bare = {name: value for name, value in os.environ.items() if name != "RUNPOD_LOG_LEVEL"}
     return subprocess.run(
         [sys.executable, HANDLER, *arguments],
         cwd=folder,
-        env=os.environ | environment,
+        env=bare | environment,
         text=True,
         capture_output=True,
         timeout=120,
     )
 
 
+def refused_to_start(ran: subprocess.CompletedProcess[str], said: str) -> None:
+    assert ran.returncode == 1
+    (line,) = ran.stdout.splitlines()
+    assert line.startswith(f"ERROR  | the worker cannot start: {said}")
+    assert ran.stderr == ""
+
+
 def test_the_bare_command_paints_the_test_input(tmp_path: Path):
     (tmp_path / "test_input.json").write_text((HANDLER.parent / "test_input.json").read_text())
     ran = run_handler(tmp_path)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    path = Path(re.fullmatch(r"picture: (.+)", ran.stdout.splitlines()[-1])[1])
-    assert path == tmp_path / "picture.png"
+    *log, banner, line = ran.stdout.splitlines()
+    path = tmp_path / "picture.png"
+    seed = re.fullmatch(rf"{path}: seed (\d+), 128 x 128, \d+\.\d s", line)[1]
+    assert f"Seed: {seed}," in Image.open(path).text["parameters"]
+    assert "Starting Serverless Worker" in banner
+    assert log[-1].startswith("INFO   | ready: ") and max(map(len, log)) < 200
+    assert ran.stderr == ""
     painted = Image.open(path)
     assert painted.size == (128, 128)
     assert painted.text["parameters"].startswith(
         f"{BASELINES_PROMPT}\nSteps: 50, Sampler: DDIM, CFG scale: 7.5, Seed: "
     )
     assert "model: demo, embedded" in ran.stdout
-    assert "Traceback" not in ran.stderr
 
 
-def test_several_pictures_are_numbered_and_a_bad_job_fails(tmp_path: Path):
-    ran = run_handler(
-        tmp_path, "--test_input", '{"input": {"prompt": "sea", "num_images": 2, "num_inference_steps": 2}}'
-    )
+def job(**job_input: object) -> str:
+    return json.dumps({"input": {"prompt": "sea", "num_inference_steps": 2} | job_input})
+
+
+def test_several_pictures_are_numbered_and_their_result_is_logged_where_that_is_asked_for(tmp_path: Path):
+    asked = job(num_images=2, output_format="webp", seed=7, prompt="the sea " * 80)
+    ran = run_handler(tmp_path, "--test_input", asked, RUNPOD_DEBUG_LEVEL="INFO")
     assert ran.returncode == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"picture-1.png", "picture-2.png"}
-    ran = run_handler(tmp_path, "--test_input", '{"input": {"promt": "sea"}}')
+    first, second, warning = ran.stdout.splitlines()[-3:]
+    assert first.startswith(f"{tmp_path}/picture-1.webp: seed 7, 128 x 128, ")
+    assert second.startswith(f"{tmp_path}/picture-2.webp: seed 8, 128 x 128, ")
+    assert warning.startswith("warning: prompt: longer than 77 tokens")
+    assert {Image.open(path).format for path in tmp_path.glob("picture-[12].webp")} == {"WEBP"}
+    assert "INFO   | Job result: {" in ran.stdout
+
+
+def failure(ran: subprocess.CompletedProcess[str]) -> str:
+    """What a job failed with: one line, after those of the start."""
     assert ran.returncode == 1
-    assert "invalid input: prompt: required; promt: unknown field, did you mean prompt?" in ran.stdout
-    assert "Traceback" not in ran.stdout + ran.stderr
+    assert ran.stderr == ""
+    *log, banner, line = ran.stdout.splitlines()
+    assert "Starting Serverless Worker" in banner
+    assert {each[:6] for each in log} == {"INFO  "}
+    return line.removeprefix("ERROR  | Job local_test failed with error: ")
+
+
+def test_a_bad_job_fails_in_one_line(tmp_path: Path):
+    ran = run_handler(tmp_path, "--test_input", '{"input": {"promt": "sea"}}')
+    assert failure(ran) == "invalid input: prompt: required; promt: unknown field, did you mean prompt?"
+    (tmp_path / "picture.png").mkdir()
+    ran = run_handler(tmp_path, "--test_input", job())
+    assert failure(ran) == f"cannot write {tmp_path / 'picture.png'}: Is a directory"
+
+
+def test_on_a_terminal_a_bar_shows_the_steps(tmp_path: Path):
+    terminal, its_end = pty.openpty()
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    command = [sys.executable, HANDLER, "--test_input", job(num_inference_steps=100)]
+    ran = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=its_end, timeout=120)
+    os.close(its_end)
+    drawn = b""
+    # reading fails when all that was written is read
+    with suppress(OSError):
+        while piece := os.read(terminal, 4096):
+            drawn += piece
+    os.close(terminal)
+    assert ran.returncode == 0
+    steps = [int(step) for step in re.findall(rb"(\d+)/100 ", drawn)]
+    assert len(set(steps)) > 2 and steps == sorted(steps)
+    # it is gone when the picture is told
+    assert drawn.split(b"\r")[-2].strip() == b""
+    assert b"picture.png: seed" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        (None, "there is no test_input.json in {folder}, and no --test_input"),
+        ('{"input": ', "cannot read test_input.json: Expecting value: line 1 column 11 (char 10)"),
+        ("\x80", "cannot read test_input.json: 'utf-8' codec can't decode byte 0x80"),
+        ('{"prompt": "sea"}', 'test_input.json must be a job such as {{"input": {{"prompt": "..."}}}}'),
+        ("[1]", "test_input.json must be a job such as "),
+    ],
+)
+def test_a_job_that_is_none_is_told_before_the_start(tmp_path: Path, file: str | None, said: str):
+    if file is not None:
+        (tmp_path / "test_input.json").write_text(file, encoding="latin-1")
+    refused_to_start(run_handler(tmp_path), said.format(folder=tmp_path))
+
+
+def test_an_address_that_cannot_be_served_is_told_before_the_start(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ran = run_handler(tmp_path, "--rp_serve_api", "--rp_api_port", port)
+        refused_to_start(ran, f"cannot serve on port {port} of localhost: Address already in use; see --rp_api_port")
+    ran = run_handler(tmp_path, "--rp_serve_api", "--rp_api_host", "nowhere.invalid")
+    refused_to_start(ran, "cannot serve on port 8000 of nowhere.invalid: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--chek"], "unrecognized arguments: --chek"),
+        (["--rp_serve"], "unrecognized arguments: --rp_serve"),
+        (["a red star"], "unrecognized arguments: a red star"),
+        (["--test_input", "{"], "argument --test_input: not JSON: "),
+        (["--rp_api_port", "80000"], "argument --rp_api_port: must be an integer from 0 to 65535, got 80000"),
+        (["--rp_log_level", "loud"], "argument --rp_log_level: must be one of ERROR, WARN, "),
+    ],
+)
+def test_arguments_that_it_does_not_know_are_refused(tmp_path: Path, arguments: list[str], said: str):
+    ran = run_handler(tmp_path, *arguments)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.splitlines()[-1].startswith(f"handler.py: error: {said}")
+
+
+def test_a_log_level_that_the_sdk_does_not_know_is_refused(tmp_path: Path):
+    ran = run_handler(tmp_path, "--check", RUNPOD_LOG_LEVEL="loud")
+    assert ran.returncode == 2
+    assert "must be one of ERROR, WARN, INFO, DEBUG, TRACE, NOTSET, got loud" in ran.stderr
+
+
+@pytest.mark.parametrize("seconds", [0.3, 2])
+def test_interrupted_while_it_starts_it_ends_without_a_word(tmp_path: Path, seconds: float):
+    process = subprocess.Popen(
+        [sys.executable, HANDLER, "--check"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # as a terminal starts it, however the tests were started
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT
+    assert "Traceback" not in said
+
+
+def test_an_older_python_is_refused_in_one_line():
+    code = f"import runpy, sys\nsys.version_info = (3, 10, 12)\nrunpy.run_path({str(HANDLER)!r}, run_name='__main__')"
+    ran = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert ran.returncode == 1
+    assert ran.stderr == "handler.py needs Python 3.11 or newer, this is Python 3.10\n"
+    ast.parse(HANDLER.read_text(), feature_version=(3, 8))
 
 
 @pytest.mark.parametrize(
@@ -62,11 +201,7 @@ def test_several_pictures_are_numbered_and_a_bad_job_fails(tmp_path: Path):
     ],
 )
 def test_a_worker_that_cannot_start_says_why_in_one_line(tmp_path: Path, environment: dict[str, str], said: str):
-    ran = run_handler(tmp_path, **environment)
-    assert ran.returncode == 1
-    (line,) = ran.stdout.splitlines()
-    assert line.startswith(f"ERROR  | the worker cannot start: {said}")
-    assert ran.stderr == ""
+    refused_to_start(run_handler(tmp_path, "--check", **environment), said)
 
 
 def post(address: str, **job_input: object) -> dict:

@@ -1,5 +1,6 @@
 """What a start does, in what order, and what it says."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import runpod
 
 from src import startup
+from src.arguments import parse_arguments
 from src.settings import Settings, StartError
 from tests.test_end_to_end import run_handler
 
@@ -38,6 +41,41 @@ def test_a_start_can_be_tried_without_a_job_and_says_what_it_took(repository: Pa
 
 def test_a_check_fails_where_a_start_would(tmp_path: Path):
     assert run_handler(tmp_path, "--check", MODEL_ID=str(tmp_path)).returncode == 1
+
+
+def test_help_and_mistakes_are_answered_before_anything_is_imported():
+    for argument, code in (("--help", 0), ("--chek", 2)):
+        ended = (
+            "import sys; own = set(sys.modules)\n"
+            f"import handler; sys.argv = ['handler.py', {argument!r}]\n"
+            "try: handler.main()\n"
+            "except SystemExit as end: print(end.code, *{name.split('.')[0] for name in sys.modules} - own)\n"
+        )
+        *_, last = python(ended).splitlines()
+        told, *imported = last.split()
+        assert told == str(code)
+        assert set(imported) - set(sys.stdlib_module_names) == {"handler", "src"}
+
+
+def test_every_argument_of_the_sdk_is_taken(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RUNPOD_LOG_LEVEL")
+    options = [action.option_strings[0] for action in runpod.serverless.parser._actions]
+    assert len(options) == 8 and "--rp_serve_api" in options
+    values = {
+        "--rp_api_host": ["0.0.0.0"],
+        "--rp_api_port": ["8001"],
+        "--rp_api_concurrency": ["1"],
+        "--rp_log_level": ["debug"],
+        "--test_input": ['{"input": {}}'],
+    }
+    for option in options[1:]:
+        given = [option, *values.get(option, [])]
+        ours, theirs = parse_arguments(given), runpod.serverless.parser.parse_args(given)
+        for name, value in vars(theirs).items():
+            said = getattr(ours, name)
+            if name == "test_input" and value:
+                value = json.loads(value)
+            assert (said or None) == (value.upper() if name == "rp_log_level" and value else value)
 
 
 def test_nothing_heavy_is_imported_before_the_disk_is_at_work():
