@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from runpod import RunPodLogger
 
 from src import driver, weights
+from src.attention import enable_attention_slicing
 from src.graphs import Capture, GraphedStep
 from src.settings import DEFAULT_MODEL_ID, DEMO_MODEL_ID, Settings, StartError, on_runpod
 
@@ -68,8 +69,10 @@ def load(settings: Settings, dtype: torch.dtype | None = None) -> Model:
     except Exception as error:
         raise StartError(f"cannot load model {model_id}: {weights.first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
+    # image by image: decoding a batch at once would need more memory than denoising it
+    pipe.vae.enable_slicing()
     if settings.attention_slicing != "off":
-        pipe.enable_attention_slicing(settings.attention_slicing)
+        enable_attention_slicing(pipe, settings.attention_slicing)
     graphs = settings.acceleration == "graphs" and pipe.device.type == "cuda"
     if graphs:
         enable_cuda_graphs(pipe, sliced=settings.attention_slicing != "off")

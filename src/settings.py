@@ -37,7 +37,7 @@ class Settings(BaseModel):
     )
     hf_token: SecretStr | None = Field(None, description="Hugging Face token, for gated or private models")
     attention_slicing: Literal["auto", "max", "off"] = Field(
-        "auto", description="`auto`, `max` or `off`: attention in slices, which needs less memory"
+        "auto", description="`auto`, `max` or `off`: attention in slices of the heads"
     )
     acceleration: Literal["off", "graphs"] = Field(
         "off", description="`off` or `graphs`: the UNet by CUDA graphs, which need more memory"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import cold_start
+from tests.bench import cold_start, memory
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,3 +26,13 @@ def test_every_way_to_paint_is_measured():
     assert len(ways) == len(set(ways)) == 2 * 7
     assert told.count("device idle between two queued calls, this worker") == 4
     assert re.search(r"^floor: \S+ TFLOP of the UNet a picture / \S+ TFLOP/s = \d+\.\d+ s$", told, re.M)
+
+
+@pytest.mark.parametrize(
+    ("way", "most_gib", "most_kernels"),
+    [("`off`", 0.2, 750), ("`auto`", 0.2, 1000), ("`max`", 0.2, 1400), ("diffusers' `auto`", 0.4, 1400)],
+)
+def test_slices_by_fused_attention_cost_no_memory(way: str, most_gib: float, most_kernels: int):
+    gib, kernels = memory.step(memory.WAYS[way], images=1, size=512)
+    assert most_gib / 2 < gib <= most_gib
+    assert most_kernels * 0.95 < kernels <= most_kernels

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.models.attention_processor import SlicedAttnProcessor
 
 from src import pipeline, weights
+from src.attention import FusedSlicedAttnProcessor
 from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION, Settings, StartError
 from tests import hub
 
@@ -27,7 +27,9 @@ def copy(repository: Path, tmp_path: Path) -> Path:
 
 
 def sliced(model: pipeline.Model) -> bool:
-    return all(isinstance(processor, SlicedAttnProcessor) for processor in model.pipe.unet.attn_processors.values())
+    return all(
+        isinstance(processor, FusedSlicedAttnProcessor) for processor in model.pipe.unet.attn_processors.values()
+    )
 
 
 def test_an_old_repository_loads_in_float32_with_attention_slicing_on_a_cpu(repository: Path):
