@@ -8,15 +8,16 @@ import json
 import shutil
 import sys
 from pathlib import Path
-
-import torch
-from diffusers import StableDiffusionPipeline
+from typing import TYPE_CHECKING
 
 from src import weights
 from src.settings import DEFAULT_MODEL_ID, Settings, StartError
 
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
-def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
+
+def save(pipe: "StableDiffusionPipeline", folder: Path) -> None:
     """Writes ``pipe`` to ``folder`` as safetensors that everyone may read: the library lets only their owner."""
     pipe.save_pretrained(folder, safe_serialization=True)
     for file in folder.rglob("*.safetensors"):
@@ -32,6 +33,10 @@ def fetch(model_id: str, revision: str | None, output: Path) -> None:
     settings = Settings(model_id=model_id, model_revision=revision)
     found = weights.find(model_id, settings)
     print(f"{found}: {found.where}, {found.path}", flush=True)
+    # imported only now: a model that cannot be had is told at once
+    import torch
+    from diffusers import StableDiffusionPipeline
+
     unfinished = output.with_name(output.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:

@@ -45,7 +45,7 @@ class Client:
         return self.finished(self.run(prompt, **job_input))
 
 
-def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
     """What ``condition`` gives as soon as it is true.
 
     Raises:

@@ -1,8 +1,11 @@
 import os
 
 os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
+# small models gain nothing from more threads, and the machine has several processes of them to run
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import signal
 import socket
 import subprocess
 import sys
@@ -21,9 +24,6 @@ from src.settings import Settings
 from tests.client import Client, until
 from tests.platform_stub import HANDLER, Platform, serving
 from tests.v1_4 import make_repository
-
-# small models gain nothing from more threads
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +67,35 @@ def demo_engine(demo_model: Model) -> Engine:
 def gpu(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> Iterator[None]:
+    """Processes that tests start can be interrupted, even where the suite runs in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+OF_A_PROCESS = {"platform", "local_server", "newman"}
+"""The fixtures that start one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if OF_A_PROCESS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.process)
+
+
+@pytest.fixture(autouse=True)
+def no_unmarked_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick run stays quick: what starts a process says so."""
+    if not request.node.get_closest_marker("process"):
+
+        def refuse(*arguments: object, **_: object) -> None:
+            pytest.fail(f"this test starts {arguments[0]}: mark it with pytest.mark.process")
+
+        monkeypatch.setattr(subprocess, "Popen", refuse)
 
 
 @pytest.fixture(autouse=True)

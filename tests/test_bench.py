@@ -12,6 +12,7 @@ from tests.bench import cold_start, memory
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("way", ["baseline", "worker"])
 def test_a_start_is_measured(way: str, repository: Path):
     taken = cold_start.start(way, repository)
@@ -19,6 +20,7 @@ def test_a_start_is_measured(way: str, repository: Path):
     assert all(seconds >= 0 for seconds in taken.values())
 
 
+@pytest.mark.process
 def test_every_way_to_paint_is_measured():
     command = [sys.executable, "-m", "tests.bench.gpu", "--small", "--runs", "1", "--steps", "2", "--price", "1"]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

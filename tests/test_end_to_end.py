@@ -22,6 +22,8 @@ from PIL import Image
 
 from tests.client import picture
 
+pytestmark = pytest.mark.process
+
 HANDLER = Path(__file__).parents[1] / "handler.py"
 BASELINES_PROMPT = "A double-black diamond mountain to ski on near Seattle."
 

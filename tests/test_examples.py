@@ -104,6 +104,7 @@ def test_the_script_and_the_sdks_local_server(local_server: str, tmp_path: Path)
     assert Image.open(tmp_path / "picture.png").size == (128, 128)
 
 
+@pytest.mark.process
 def test_the_script_fetches_a_picture_from_a_bucket(tmp_path: Path):
     with serving() as platform:
         bucket = tmp_path / "bucket.png"
@@ -165,6 +166,7 @@ def test_the_script_backs_off(platform: Platform, client: Client, tmp_path: Path
     assert "busy (429), trying again in 1 s" in ran.stderr and "trying again in 2 s" in ran.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("state", ["CANCELLED", "TIMED_OUT"])
 def test_the_script_says_how_a_job_ended(tmp_path: Path, state: str):
     with serving() as platform:
@@ -178,6 +180,7 @@ def test_the_script_says_how_a_job_ended(tmp_path: Path, state: str):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 def test_interrupted_the_script_cancels_its_job(tmp_path: Path):
     with serving() as platform:
         command = [GENERATE, "the sea"]
@@ -194,6 +197,7 @@ def test_interrupted_the_script_cancels_its_job(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 def test_shellcheck_finds_nothing():
     scripts = [GENERATE, ROOT / ".ci" / "run", ROOT / "tests" / "image" / "build.sh"]
     shellcheck = Path(sys.executable).with_name("shellcheck")

@@ -14,6 +14,8 @@ from src import pipeline, weights
 from src.settings import Settings
 from tests import hub
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[1]
 REPO = "someone/tiny"
 

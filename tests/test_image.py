@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from builder import image_size
 from src.settings import DEFAULT_MODEL_ID
 from tests import hub
@@ -49,6 +51,7 @@ def test_every_requirement_is_pinned_as_the_image_has_it():
         assert requirement and requirement[1] in pinned
 
 
+@pytest.mark.process
 def test_what_is_copied_suffices_to_fetch_a_model_and_to_start_with_it(repository: Path, tmp_path: Path):
     app, model = tmp_path / "app", tmp_path / "model"
     app.mkdir()

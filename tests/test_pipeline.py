@@ -160,6 +160,7 @@ def find(environment: dict[str, str], *, runpod_cache: Path | None = None) -> st
     return subprocess.run(command, env=os.environ | environment, text=True, capture_output=True, check=True).stdout
 
 
+@pytest.mark.process
 def test_a_hub_id_is_downloaded_once_and_then_found_in_the_cache(repository: Path, tmp_path: Path):
     with hub.serve(REPO, repository) as (address, fetched):
         environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}
@@ -215,6 +216,7 @@ def test_of_a_model_that_runpod_cached_the_newest_usable_commit_is_taken(
     assert (found.name, found.revision, found.where) == (REPO, "new", "RunPod's cached models")
 
 
+@pytest.mark.process
 def test_a_broken_download_goes_on_where_it_broke(copy: Path, tmp_path: Path):
     # as much as the hub's library keeps in memory before it writes, and more
     big = copy / "unet" / "diffusion_pytorch_model.safetensors"
@@ -229,6 +231,7 @@ def test_a_broken_download_goes_on_where_it_broke(copy: Path, tmp_path: Path):
     assert downloaded.read_bytes() == big.read_bytes()
 
 
+@pytest.mark.process
 def test_what_the_hub_refuses_is_told_in_one_line(repository: Path, tmp_path: Path):
     home = {"HF_HOME": str(tmp_path)}
     with hub.serve(REPO, repository) as (address, _):

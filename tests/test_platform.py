@@ -15,6 +15,8 @@ from tests.client import Client, picture, results, until
 from tests.conftest import FAULTY
 from tests.platform_stub import Fault, Platform, serving
 
+pytestmark = pytest.mark.process
+
 SLOW = {"num_inference_steps": 150, "num_images": 4}
 
 

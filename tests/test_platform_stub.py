@@ -15,15 +15,15 @@ TAKE = "job-take/worker-1"
 
 
 @pytest.fixture
-def platform() -> Iterator[Platform]:
+def stub() -> Iterator[Platform]:
     """A platform without a worker, on which a minute passes in a second: the test itself takes and answers jobs."""
-    with serving(speed=60) as platform:
-        yield platform
+    with serving(speed=60) as stub:
+        yield stub
 
 
 @pytest.fixture
-def client(platform: Platform) -> Client:
-    return Client(platform)
+def client(stub: Platform) -> Client:
+    return Client(stub)
 
 
 def take(client: Client) -> str:
@@ -86,11 +86,11 @@ def test_a_cancelled_job_has_no_webhook(client: Client):
         ("runsync?wait=300001", {"input": {}}, "wait: Input should be less than or equal to 300000"),
     ],
 )
-def test_what_is_out_of_bounds_is_refused(platform: Platform, client: Client, path: str, body: Any, reason: str):
+def test_what_is_out_of_bounds_is_refused(stub: Platform, client: Client, path: str, body: Any, reason: str):
     answer = client.session.post(f"{client.url}/{path}", json=body, timeout=5)
     assert answer.status_code == 400
     assert answer.json()["error"].startswith(reason)
-    assert platform.jobs == {}
+    assert stub.jobs == {}
 
 
 def test_a_request_over_the_limit_is_refused(client: Client):
@@ -119,8 +119,8 @@ def test_runsync_waits_for_as_long_as_it_is_told(client: Client):
 
 
 @pytest.mark.parametrize(("path", "minutes"), [("run", 30), ("runsync?wait=1000", 1)])
-def test_results_are_kept_for_a_while(platform: Platform, client: Client, path: str, minutes: int):
-    platform.speed = 40 * minutes
+def test_results_are_kept_for_a_while(stub: Platform, client: Client, path: str, minutes: int):
+    stub.speed = 40 * minutes
     job = client.post(path, {"input": {}})["id"]
     finish(client, take(client), error="out of luck")
     assert client.get(f"status/{job}")["status"] == "FAILED"
@@ -154,24 +154,25 @@ def test_purging_leaves_what_runs(client: Client):
     assert client.get("health")["jobs"]["inQueue"] == 0
 
 
-def test_health_counts_workers_by_their_state(platform: Platform, client: Client):
+@pytest.mark.process
+def test_health_counts_workers_by_their_state(stub: Platform, client: Client):
     def states(**expected: int) -> bool:
         names = ("idle", "initializing", "ready", "running", "throttled", "unhealthy")
         return client.get("health")["workers"] == dict.fromkeys(names, 0) | expected
 
     assert states()
-    name = platform.start_worker(["sleep", "60"])
+    name = stub.start_worker(["sleep", "60"])
     assert states(initializing=1)
     client.get(f"ping/{name}")
     assert states(idle=1, ready=1)
     client.run()
     assert client.get(f"job-take/{name}")
     assert states(running=1, ready=1)
-    platform.throttled.add(name)
+    stub.throttled.add(name)
     assert states(throttled=1)
-    platform.poll_seconds = 0.1
+    stub.poll_seconds = 0.1
     client.run()
     assert client.session.get(f"{client.url}/job-take/{name}", timeout=5).status_code == 204
-    platform.throttled.clear()
-    platform.kill_worker(name)
+    stub.throttled.clear()
+    stub.kill_worker(name)
     until(lambda: states(unhealthy=1))
