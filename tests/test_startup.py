@@ -23,6 +23,7 @@ def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True).stdout
 
 
+@pytest.mark.process
 def test_a_start_can_be_tried_without_a_job_and_says_what_it_took(repository: Path, tmp_path: Path):
     ran = run_handler(tmp_path, "--check", MODEL_ID=str(repository), MAX_CONCURRENCY="1")
     assert ran.returncode == 0
@@ -39,10 +40,12 @@ def test_a_start_can_be_tried_without_a_job_and_says_what_it_took(repository: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 def test_a_check_fails_where_a_start_would(tmp_path: Path):
     assert run_handler(tmp_path, "--check", MODEL_ID=str(tmp_path)).returncode == 1
 
 
+@pytest.mark.process
 def test_help_and_mistakes_are_answered_before_anything_is_imported():
     for argument, code in (("--help", 0), ("--chek", 2)):
         ended = (
@@ -78,12 +81,14 @@ def test_every_argument_of_the_sdk_is_taken(monkeypatch: pytest.MonkeyPatch):
             assert (said or None) == (value.upper() if name == "rp_log_level" and value else value)
 
 
+@pytest.mark.process
 def test_nothing_heavy_is_imported_before_the_disk_is_at_work():
     heavy = {"torch", "diffusers", "transformers", "runpod"}
     imported = set(python("import handler, sys; print(*sys.modules)").split())
     assert not heavy & imported
 
 
+@pytest.mark.process
 def test_what_waits_is_begun_in_the_background_and_garbage_is_collected_only_afterwards():
     code = (
         "import gc, sys, threading, time\n"
