@@ -1,11 +1,14 @@
 """The real program in real processes behind a stand-in of the platform: the SDK's loop, driven over HTTP."""
 
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import requests
 import runpod
@@ -13,7 +16,7 @@ import runpod
 from tests.bench.load import load
 from tests.client import Client, picture, results, until
 from tests.conftest import FAULTY
-from tests.platform_stub import Fault, Platform, serving
+from tests.platform_stub import HANDLER, Fault, Platform, serving
 
 pytestmark = pytest.mark.process
 
@@ -79,8 +82,6 @@ def test_a_cancelled_job_frees_the_device(platform: Platform, client: Client):
     client.until(long, "IN_PROGRESS")
     waiting = client.run("the sea", width=256, num_inference_steps=1)
     client.until(waiting, "IN_PROGRESS")
-    # until the SDK has started a job that it took, it does not know it when told to stop it
-    time.sleep(0.3)
     assert client.post(f"cancel/{waiting}")["status"] == "CANCELLED"
     until(lambda: client.get(f"status/{long}").get("output"))
     assert client.post(f"cancel/{long}")["status"] == "CANCELLED"
@@ -110,13 +111,62 @@ def test_a_job_delivered_twice_is_painted_once(platform: Platform, client: Clien
 
 @pytest.mark.parametrize("fault", [{"status": 500}, {"status": 429}, {"drop": True}])
 def test_a_platform_in_trouble_loses_nothing(platform: Platform, client: Client, fault: dict[str, Any]):
+    """``tests/test_worker_loop.py`` has more ways, and is quicker."""
     platform.faults += [Fault("job-take", **fault), Fault("job-stop", **fault)]
-    jobs = [client.run(f"{i}") for i in range(3)]
-    platform.faults.append(Fault("job-done", times=2, body='"image"', status=500))
+    jobs = [client.run(f"{i}") for i in range(4)]
+    platform.faults.append(Fault("job-done", times=6, body='"image"', **fault))
     for job in jobs:
         assert client.finished(job)["status"] == "COMPLETED"
         assert len(results(platform, job)) == 1
     until(lambda: not platform.faults)
+
+
+def test_told_to_end_a_worker_delivers_before_it_exits():
+    with serving() as platform:
+        client = Client(platform)
+        worker = platform.workers[platform.start_worker()].process
+        job = client.run()
+        platform.faults.append(fault := Fault("job-done", times=10**6, body='"image"', status=503))
+        until(lambda: fault.times < 10**6 - 4)
+        worker.terminate()
+        time.sleep(2)
+        assert worker.poll() is None
+        platform.faults.clear()
+        # it does not wait for long any more
+        assert worker.wait(3) == 0
+        assert client.get(f"status/{job}")["status"] == "COMPLETED"
+
+
+def test_a_worker_survives_the_platforms_absence(tmp_path: Path):
+    with serving() as platform:
+        port = int(platform.url.rsplit(":", 1)[1])
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        worker = platform.workers[platform.start_worker(log=file)].process
+    try:
+        until(lambda: b"cannot take jobs" in log.read_bytes())
+        before, seconds = psutil.Process(worker.pid).cpu_times(), 10
+        time.sleep(seconds)
+        after = psutil.Process(worker.pid).cpu_times()
+        assert after.user + after.system - before.user - before.system < 0.02 * seconds
+        # one line for jobs, one for cancellations, one for the heartbeat
+        assert len(log.read_bytes().split(b"Starting Serverless Worker")[1].splitlines()) <= 1 + 3
+        with serving(port) as back:
+            back.workers = platform.workers
+            assert Client(back).paint()["status"] == "COMPLETED"
+    finally:
+        platform.stop_workers()
+
+
+def test_what_ends_the_platform_ends_its_workers():
+    command = [sys.executable, "-m", "tests.platform_stub", "--port", "0"]
+    with subprocess.Popen(command, cwd=HANDLER.parent, stdout=subprocess.PIPE) as stub:
+        assert b"serving http://127.0.0.1:" in stub.stdout.readline()
+        (worker,) = psutil.Process(stub.pid).children()
+        assert worker.cmdline()[-1] == str(HANDLER)
+        stub.terminate()
+        assert stub.wait(60) == 0
+        assert not worker.is_running()
 
 
 def test_the_platform_refuses_a_body_over_its_limit(platform: Platform, client: Client):
@@ -231,7 +281,7 @@ def test_two_workers_share_the_queue_and_one_may_die():
     [
         ({"ALWAYS_NAN": "1"}, "JobError: the model produced NaN instead of a picture"),
         ({"MODEL_ID": ""}, "StartError: no CUDA device: "),
-        ({"MAX_CONCURRENCY": "none"}, "StartError: MAX_CONCURRENCY=none: Input should be a valid integer"),
+        ({"MAX_CONCURRENCY": "none"}, "StartError: MAX_CONCURRENCY=none: must be an integer from 1 to 100"),
     ],
 )
 def test_an_unfit_worker_takes_no_job_and_tells_the_host_why(settings: dict[str, str], why: str):

@@ -1,8 +1,9 @@
 import argparse
-import asyncio
+import signal
+from contextlib import suppress
 
-from tests.platform_stub.platform import ENDPOINT, Platform
-from tests.platform_stub.server import serve
+from tests.platform_stub.platform import ENDPOINT
+from tests.platform_stub.server import serving
 
 
 def main() -> None:
@@ -13,9 +14,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--key", default="local", help="the API key that clients must send")
     arguments = parser.parse_args()
-    platform = Platform(arguments.key)
-
-    def ready() -> None:
+    # what ends the platform ends its workers
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt), serving(arguments.port, key=arguments.key) as platform:
         for _ in range(arguments.workers):
             platform.start_worker()
         print(
@@ -24,13 +25,8 @@ def main() -> None:
             """-d '{"input": {"prompt": "the ocean at dusk"}}'""",
             flush=True,
         )
-
-    try:
-        asyncio.run(serve(platform, arguments.port, ready))
-    except KeyboardInterrupt:
-        print("stopping")
-    finally:
-        platform.stop_workers()
+        while True:
+            signal.pause()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,10 @@ class Fault:
     """Answers with this status instead of doing what was asked."""
     drop: bool = False
     """Closes the connection without an answer, without doing what was asked."""
+    lost: bool = False
+    """Does what was asked, then closes the connection without an answer."""
+    text: str | None = None
+    """Answers with this, said to be JSON, instead of doing what was asked."""
     twice: bool = False
     """Hands out the next job that is taken once more."""
     delay: float = 0.0
@@ -38,10 +42,14 @@ class Faults(list[Fault]):
     @web.middleware
     async def misbehave(self, request: web.Request, handler: RouteHandler) -> web.StreamResponse:
         fault = await self.for_request(request)
-        if fault and fault.drop:
-            assert request.transport
-            request.transport.abort()
+        if fault and (fault.drop or fault.lost):
+            if fault.lost:
+                await handler(request)
+            if request.transport:
+                request.transport.abort()
             raise asyncio.CancelledError
+        if fault and fault.text is not None:
+            return web.Response(text=fault.text, content_type="application/json")
         if fault and fault.status:
             return web.json_response({"error": "told to"}, status=fault.status)
         if fault and fault.delay:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tests.platform_stub import webhook
 from tests.platform_stub.faults import Faults
@@ -136,7 +136,7 @@ class Platform:
             except TimeoutError:
                 return
 
-    def start_worker(self, command: list[str] | None = None, **settings: str) -> str:
+    def start_worker(self, command: list[str] | None = None, log: IO[bytes] | None = None, **settings: str) -> str:
         """Starts ``handler.py``, or another ``command``, as a worker of this platform, and gives its id."""
         name = f"worker-{len(self.workers) + 1}"
         base = f"{self.url}/v2/{ENDPOINT}"
@@ -152,7 +152,9 @@ class Platform:
             "RUNPOD_PING_INTERVAL": "2000",
         } | settings
         command = command or [sys.executable, str(HANDLER)]
-        process = subprocess.Popen(command, env=os.environ | environment, cwd=HANDLER.parent, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=os.environ | environment, cwd=HANDLER.parent, stdout=log, start_new_session=True
+        )
         self.workers[name] = WorkerProcess(process, settings, command)
         return name
 

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from aiohttp import web
@@ -46,20 +46,29 @@ async def serve(platform: Platform, port: int, ready: Callable[[], None]) -> Non
 
 
 @contextmanager
-def serving(**settings: Any) -> Iterator[Platform]:
-    """A platform on a free port in a thread of its own, for as long as the block runs; its workers end with it."""
+def serving(port: int = 0, **settings: Any) -> Iterator[Platform]:
+    """A platform in a thread of its own, for as long as the block runs; its workers end with it.
+
+    Args:
+        port: 0 takes a free one.
+        settings: those of ``Platform``.
+
+    Raises:
+        OSError: if the port is taken.
+    """
     platform, ready, loop = Platform(**settings), threading.Event(), asyncio.new_event_loop()
-    server = loop.create_task(serve(platform, 0, ready.set))
+    server = loop.create_task(serve(platform, port, ready.set))
 
     def run() -> None:
-        try:
+        with suppress(asyncio.CancelledError, OSError):
             loop.run_until_complete(server)
-        except asyncio.CancelledError:
-            loop.close()
+        loop.close()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    assert ready.wait(10)
+    while not ready.wait(0.1):
+        if server.done():
+            server.result()
     try:
         yield platform
     finally:
