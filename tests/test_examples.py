@@ -331,6 +331,7 @@ INPUT_SCHEMA = jsonschema.Draft202012Validator(input_schema(V1_4))
 ANY_VALUE = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from([[], {}])
 LIKELY = {
     "prompt": st.text(max_size=20),
+    "negative_prompt": st.text(max_size=20),
     "width": st.integers(0, 1100),
     "height": st.integers(8, 140).map(lambda eighths: 8 * eighths),
     "num_inference_steps": st.integers(-1, 152),
@@ -395,6 +396,8 @@ def test_the_readmes_commands_paint(
     )
     assert ran.returncode == 0, ran.stderr
     pictures = list(tmp_path.glob("*.png"))
-    assert pictures or '"status"' in ran.stdout
+    states = re.findall(r'"status": ?"(\w+)"', ran.stdout)
+    assert pictures or states
+    assert set(states) <= {"IN_QUEUE", "IN_PROGRESS", "COMPLETED"}
     for path in pictures:
         assert Image.open(path).size == (128, 128)

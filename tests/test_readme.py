@@ -46,10 +46,18 @@ def test_the_request_table():
 
 
 def test_the_response_table():
-    request = ImageRequest.parse({"prompt": "x"}, V1_4)
-    output = job_output(request, [Picture(RED, 1, None)], ["look out"], model_name="demo", max_result_bytes=10**7)
+    def fields(job_input: dict[str, object], **more: object) -> set[str]:
+        request = ImageRequest.parse({"prompt": "x"} | job_input, V1_4)
+        pictures = [Picture(RED, seed, None) for seed in request.seeds]
+        return set(job_output(request, pictures, ["look out"], model_name="demo", max_result_bytes=10**7, **more))
+
     rows = table("field \\| what it holds")
-    assert set(rows) == set(output) | {"image_url", "output_format"}
+    one = fields({"output_format": "webp"})
+    assert set(rows) == one | fields({}, upload=lambda *_: "https://example.com")
+    of_an_image = one - fields({"output_format": "webp", "num_images": 2})
+    assert of_an_image == {"image", "seed", "nsfw_content_detected"}
+    assert fields({"num_images": 2}) - one == {"images"}
+    assert "`images`" in README
 
 
 def test_the_settings_table():

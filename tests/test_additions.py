@@ -1,0 +1,151 @@
+"""What a new field, scheduler or output format must reach, beyond its own tests and the README's tables."""
+
+import asyncio
+import base64
+import json
+import re
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import diffusers
+import pytest
+from PIL import Image
+
+from builder.schemas import V1_4
+from examples import generate
+from src.batch import SCHEDULERS
+from src.engine import Engine
+from src.output import encode, parameters
+from src.request import ImageRequest, JobError, ModelLimits, OutputFormat
+from tests.client import until
+from tests.platform_stub import serving
+from tests.test_examples import GENERATE, LIKELY, environment
+
+ROOT = Path(__file__).parents[1]
+VALUES = {
+    "prompt": ("a cat", "a dog"),
+    "negative_prompt": ("", "blur"),
+    "width": (64, 72),
+    "height": (64, 72),
+    "num_inference_steps": (10, 20),
+    "guidance_scale": (5.0, 7.5),
+    "seed": (1, 2),
+    "num_images": (1, 2),
+    "output_format": ("jpeg", "webp"),
+    "output_quality": (80, 90),
+    "scheduler": ("DDIM", "KLMS"),
+}
+"""Two values for each field."""
+OF_AN_IMAGE = {"prompt", "negative_prompt", "seed", "num_images", "output_format", "output_quality"}
+"""The fields in which requests of one batch may differ."""
+NOT_IN_A_PICTURE = {"num_images", "output_format", "output_quality"}
+"""The fields without which a picture can be made again."""
+OPTIONS = {
+    "negative_prompt": "-n",
+    "seed": "--seed",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "num_images": "--images",
+    "scheduler": "--scheduler",
+    "output_format": "--format",
+    "output_quality": "--quality",
+}
+"""generate.sh's options, but for --size."""
+
+
+def two_requests(field: str) -> tuple[ImageRequest, ImageRequest]:
+    """Requests that differ in ``field`` alone."""
+    first = {name: value for name, (value, _) in VALUES.items()}
+    return ImageRequest.parse(first, V1_4), ImageRequest.parse(first | {field: VALUES[field][1]}, V1_4)
+
+
+def test_each_field_has_its_values():
+    assert list(VALUES) == list(ImageRequest.model_fields)
+    assert set(LIKELY) == set(VALUES)
+
+
+class RecordingRunner:
+    """Keeps the batches that it is given, and the first of them for as long as ``go`` is not set."""
+
+    model_name = "none"
+    limits: ModelLimits = V1_4
+
+    def __init__(self) -> None:
+        self.batches: list[list[ImageRequest]] = []
+        self.go = threading.Event()
+
+    def run(
+        self, requests: Sequence[ImageRequest], seeds: Sequence[int], after_step: Callable[[float], None]
+    ) -> list[Any]:
+        self.batches.append(list(requests))
+        assert self.go.wait(10)
+        return [JobError("no picture") for _ in requests]
+
+    def release_memory(self) -> None: ...
+
+    def truncation_warnings(self, request: ImageRequest) -> list[str]:
+        return []
+
+
+@pytest.mark.parametrize("field", VALUES)
+def test_requests_share_a_batch_only_where_they_may_differ(field: str):
+    async def batches() -> list[list[ImageRequest]]:
+        runner = RecordingRunner()
+        engine = Engine(None, max_batch_images=8, runner=runner)
+        earlier = ImageRequest.parse({"prompt": "keeps the device busy"}, V1_4)
+        waiting = [asyncio.create_task(engine.generate(request)) for request in (earlier, *two_requests(field))]
+        await asyncio.sleep(0)
+        runner.go.set()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        return runner.batches
+
+    assert len(asyncio.run(batches())) == (2 if field in OF_AN_IMAGE else 3)
+
+
+@pytest.mark.parametrize("field", VALUES)
+def test_a_picture_says_how_it_was_made(field: str):
+    first, second = (parameters(request, request.seed, "none") for request in two_requests(field))
+    assert (first == second) == (field in NOT_IN_A_PICTURE)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("output_format", get_args(OutputFormat))
+def test_the_script_asks_for_every_field(output_format: str, tmp_path: Path):
+    asked = {name: second for name, (_, second) in VALUES.items()} | {"output_format": output_format}
+    arguments = [argument for name, option in OPTIONS.items() for argument in (option, str(asked[name]))]
+    with serving() as platform:
+        command = [GENERATE, asked["prompt"], "--size", f"{asked['width']}x{asked['height']}", *arguments]
+        script = subprocess.Popen(command, cwd=tmp_path, env=environment(platform), stderr=subprocess.DEVNULL)
+        try:
+            (job,) = until(platform.jobs.values, 30)
+        finally:
+            script.terminate()
+            script.wait(20)
+    # it leaves the default format out
+    assert {"output_format": "png"} | job.request.input == asked
+
+
+def test_the_python_example_knows_every_format():
+    assert set(generate.FORMATS.values()) == set(get_args(OutputFormat))
+
+
+def test_postman_knows_how_every_formats_files_begin():
+    collection = json.loads((ROOT / "examples/postman/stable-diffusion-worker.postman_collection.json").read_text())
+    checks = re.findall(r"const BEGINNING = \{(.*?)\}", json.dumps(collection).replace('\\"', '"'))
+    beginnings = [dict(re.findall(r'(\w+): "([^"]+)"', check)) for check in checks]
+    assert beginnings and all(each == beginnings[0] for each in beginnings)
+    assert list(beginnings[0]) == list(get_args(OutputFormat))
+    for output_format, beginning in beginnings[0].items():
+        file = encode(Image.new("RGB", (8, 8)), "a cat", output_format, 90)
+        assert base64.b64encode(file).decode().startswith(beginning)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_picture_takes_as_long_as_its_steps(name: str):
+    """The README's costs and the share that /status shows count on one call of the UNet a step."""
+    scheduler = SCHEDULERS[name].from_config(diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1).config)
+    scheduler.set_timesteps(50)
+    assert len(scheduler.timesteps) in (50, 51)
