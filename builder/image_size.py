@@ -1,4 +1,4 @@
-"""What an image's bytes are: its parts, and the container disk that the endpoint needs.
+"""What an image's bytes are: its parts, its largest files, and the container disk that the endpoint needs.
 
 Runs inside the image, with nothing but Python's own library:
 
@@ -10,6 +10,7 @@ import os
 import stat
 import sysconfig
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 PACKAGES = Path(sysconfig.get_path("purelib"))
@@ -27,18 +28,23 @@ HEADROOM = 4 * 10**9
 """Bytes for what is not in the image: logs, temporary files, the parts of an image that is being replaced."""
 
 
-def sizes(root: Path = Path("/")) -> Counter[str]:
-    """The bytes of each part of what lies beneath ``root``."""
-    found: Counter[str] = Counter()
-    for folder, folders, files in os.walk(root):
+def files(root: Path = Path("/")) -> Iterator[tuple[Path, int]]:
+    """The files beneath ``root`` and their bytes."""
+    for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if str(Path(folder, name)) not in ELSEWHERE]
-        for name in files:
+        for name in names:
             path = Path(folder, name)
             status = path.lstat()
             if stat.S_ISREG(status.st_mode):
-                part = next(part for part, place in PARTS.items() if path.is_relative_to(place))
-                found[part] += status.st_size
-    return found
+                yield path, status.st_size
+
+
+def sizes(found: Iterable[tuple[Path, int]]) -> Counter[str]:
+    """The bytes of each part of the files that were found."""
+    parts: Counter[str] = Counter()
+    for path, size in found:
+        parts[next(part for part, place in PARTS.items() if path.is_relative_to(place))] += size
+    return parts
 
 
 def container_disk(size: int) -> int:
@@ -47,12 +53,17 @@ def container_disk(size: int) -> int:
 
 
 def main() -> None:
-    found = sizes()
+    found = list(files())
+    parts = sizes(found)
     print("| part | GB |\n|---|---|")
     for part in PARTS:
-        print(f"| {part} | {found[part] / 1e9:.2f} |")
-    print(f"| all | {found.total() / 1e9:.2f} |")
-    print(f"\ncontainer disk: {container_disk(found.total())} GB")
+        print(f"| {part} | {parts[part] / 1e9:.2f} |")
+    print(f"| all | {parts.total() / 1e9:.2f} |")
+    print("\nover 100 MB:")
+    for path, size in sorted(found, key=lambda file: -file[1]):
+        if size > 100e6:
+            print(f"{size / 1e6:.0f} MB {path.name}")
+    print(f"\ncontainer disk: {container_disk(parts.total())} GB")
 
 
 if __name__ == "__main__":

@@ -305,7 +305,7 @@ def test_no_key_is_in_the_postman_files():
 
 def test_the_hubs_files_hold_what_the_code_holds():
     hub = json.loads((ROOT / ".runpod" / "hub.json").read_text())["config"]
-    assert (hub["gpuIds"], hub["allowedCudaVersions"]) == ("ADA_24,AMPERE_24", ["13.0"])
+    assert hub["gpuIds"] == "ADA_24,AMPERE_24"
     inputs = {each["key"]: each["input"] for each in hub["env"]}
     assert set(inputs) == {name.upper() for name in Settings.model_fields} | {"HF_HUB_OFFLINE"}
     defaults = {name: str(each["default"]) for name, each in inputs.items()}
@@ -319,7 +319,8 @@ def test_the_hubs_files_hold_what_the_code_holds():
     tests = json.loads((ROOT / ".runpod" / "tests.json").read_text())
     for test in tests["tests"]:
         ImageRequest.parse(test["input"], V1_4)
-    assert tests["config"]["allowedCudaVersions"] == hub["allowedCudaVersions"]
+        # each may wait for a cold start, in milliseconds
+        assert test["timeout"] >= 300_000
 
 
 def test_the_schema_files_are_what_the_code_says():

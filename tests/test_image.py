@@ -1,5 +1,7 @@
 """What the Dockerfile builds, step by step and without an image; tests/image/build.sh builds it for real."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -10,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from builder import image_size
 from src.settings import DEFAULT_MODEL_ID
@@ -48,7 +51,15 @@ def test_every_requirement_is_pinned_as_the_image_has_it():
     assert required
     for line in required:
         requirement = re.fullmatch(r"([\w-]+==[\d.]+); python_version >= \"3\.11\"", line)
-        assert requirement and requirement[1] in pinned
+        assert requirement
+        # torch and what it brings come from another index
+        assert (requirement[1] in pinned) != line.startswith("torch==")
+    assert not [line for line in pinned if re.match("(torch|triton|cuda-|nvidia-)", line)]
+
+
+def test_a_container_runtime_is_asked_for_the_gpu():
+    set_by_nvidia = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
+    assert variables("ENV").items() >= set_by_nvidia.items()
 
 
 @pytest.mark.process
@@ -79,7 +90,7 @@ def test_what_is_copied_suffices_to_fetch_a_model_and_to_start_with_it(repositor
     for pair in copied(after):
         copy(*pair)
     settings = variables("ENV")
-    assert settings.pop("MODEL_ID") == "/model"
+    assert settings.pop("MODEL_ID") == "${MODEL_ID:+/model}"
     assert settings["HF_HUB_OFFLINE"] == "1"
     (command,) = re.findall(r"^CMD (.+)$", DOCKERFILE, re.M)
     told = run(
@@ -87,6 +98,23 @@ def test_what_is_copied_suffices_to_fetch_a_model_and_to_start_with_it(repositor
     )
     assert f"model: someone/tiny at {hub.REVISION[:12]}, directory {model}" in told
     assert "ready: " in told
+
+
+def test_every_host_of_cuda_12_4_to_13_3_is_allowed():
+    every = [f"12.{minor}" for minor in range(4, 10)] + [f"13.{minor}" for minor in range(4)]
+    for file in ("hub.json", "tests.json"):
+        assert json.loads((ROOT / ".runpod" / file).read_text())["config"]["allowedCudaVersions"] == every
+    (told,) = re.findall(r'"allowedCudaVersions": (\[[^]]+\])', (ROOT / "README.md").read_text())
+    assert json.loads(told) == every
+
+
+def test_the_icon_is_a_small_picture():
+    kind, _, icon = json.loads((ROOT / ".runpod" / "hub.json").read_text())["iconUrl"].partition(",")
+    assert kind == "data:image/png;base64"
+    assert len(icon) < 10_000
+    with Image.open(io.BytesIO(base64.b64decode(icon))) as picture:
+        picture.verify()
+        assert picture.size == (128, 128)
 
 
 def test_the_containers_disk_has_room_for_what_the_image_holds():
@@ -102,5 +130,5 @@ def test_an_images_bytes_are_counted_by_part(tmp_path: Path, monkeypatch):
     (tmp_path / "inner" / "a").write_bytes(bytes(10))
     (tmp_path / "b").write_bytes(bytes(5))
     (tmp_path / "link").symlink_to("b")
-    assert image_size.sizes(tmp_path) == {"inner": 10, "all else": 5}
+    assert image_size.sizes(image_size.files(tmp_path)) == {"inner": 10, "all else": 5}
     assert [image_size.container_disk(size) for size in (10**9, 6 * 10**9 + 1)] == [5, 15]

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Builds the committed Dockerfile, unchanged, with a small model from a stand-in of the hub; looks into every layer; runs
-# the worker from the image, without a network, to a picture. Run it as root before a release:
+# Builds the committed Dockerfile, unchanged, with PyTorch from a stand-in of its index and a small model from a stand-in of
+# the hub; looks into every layer; runs the worker from the image, without a network, to a picture. Then the same without a
+# model in the image, from RunPod's cache. Run it as root before a release:
 #
 #   tests/image/build.sh [options of buildah build]
 #
-# It needs buildah, iproute2, util-linux, 30 GB of disk, and the tests' environment: .venv, or PYTHON.
+# It needs buildah, iproute2, util-linux, 30 GB of disk, and the tests' environment: .venv, or PYTHON. Where pip finds
+# PyTorch for CUDA, give it the one for the CPU: PIP_INDEX_URL=https://download.pytorch.org/whl/cpu.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
@@ -14,9 +16,8 @@ export BUILDAH_ISOLATION=chroot TRANSFORMERS_VERBOSITY=error
 
 work=$(mktemp -d)
 container=
-hub=
 tidy() {
-    if [ -n "$hub" ]; then kill "$hub"; fi
+    jobs -p | xargs -r kill
     if [ -n "$container" ]; then buildah rm "$container" >/dev/null; fi
     rm -rf "$work"
 }
@@ -32,11 +33,17 @@ say "build"
 mkdir "$work/context"
 git archive HEAD | tar -x -C "$work/context"
 printf %s "$token" >"$work/token"
-"$python" -m tests.hub someone/tiny --token "$token" >"$work/address" &
-hub=$!
-for _ in $(seq 60); do [ -s "$work/address" ] || sleep 1; done
-buildah build --layers --tag worker-test --secret "id=hf_token,src=$work/token" \
-    --build-arg MODEL_ID=someone/tiny --build-arg "HF_ENDPOINT=$(cat "$work/address")" "$@" "$work/context"
+"$python" -m pip download --quiet --no-deps --dest "$work" "$(grep ^torch== requirements.txt)"
+"$python" -m tests.torch_index "$work"/torch-*.whl "$work/index"
+"$python" -u -m http.server --bind 127.0.0.1 --directory "$work/index" 0 >"$work/index-address" 2>"$work/index-log" &
+"$python" -m tests.hub someone/tiny --token "$token" >"$work/hub-address" &
+for _ in $(seq 60); do [ -s "$work/hub-address" ] && [ -s "$work/index-address" ] || sleep 1; done
+index=$(sed -E 's/.*\((.*)\/\).*/\1/' "$work/index-address")
+build() {
+    buildah build --layers --secret "id=hf_token,src=$work/token" --build-arg "TORCH_INDEX=$index" \
+        --build-arg "HF_ENDPOINT=$(cat "$work/hub-address")" "$@" "$work/context"
+}
+build --tag worker-test --build-arg MODEL_ID=someone/tiny "$@"
 
 say "our layers: no token, no cache, no test, no example, no compiler"
 buildah push --quiet --disable-compression worker-test "dir:$work/image"
@@ -59,9 +66,15 @@ for layer in $ours; do
 done
 echo "$(wc -w <<<"$ours") layers"
 
-say "the image's settings"
+say "where the packages came from"
 container=$(buildah from --pull=never worker-test)
 run() { buildah run "$container" -- "$@"; }
+asked=$(grep -oE 'GET /[^/ ]+' "$work/index-log" | sort -u | cut -d/ -f2 | xargs)
+[ "$asked" = "cuda-standin nvidia-standin torch" ] || fail "of PyTorch's index were asked: $asked"
+grep -q "GET /torch/torch-.*whl" "$work/index-log" || fail "torch is not from its index"
+run pip check || fail "the packages do not fit together"
+
+say "the image's settings"
 id=$(run id -u)
 [ "$id" != 0 ] || fail "it runs as root"
 run env | grep -Fx -e HF_HUB_OFFLINE=1 -e MODEL_ID=/model || fail "its environment"
@@ -73,4 +86,20 @@ grep -q "model: someone/tiny at 0123456789ab, directory /model" "$work/log" || f
 grep -q "ready: " "$work/log" || fail "the log"
 
 say "a picture through the platform, without a network"
-unshare --net sh -c 'ip link set lo up && exec "$@"' sh "$python" -m tests.image.paint "$container"
+picture() { unshare --net sh -c 'ip link set lo up && exec "$@"' sh "$python" -m tests.image.paint "$container" "$@"; }
+picture
+
+say "the image without a model"
+build --tag worker-test-bare --build-arg MODEL_ID= "$@"
+buildah rm "$container" >/dev/null
+snapshot=$work/cache/models--someone--tiny/snapshots/0123456789abcdef0123456789abcdef01234567
+mkdir -p "$snapshot"
+"$python" -c 'import pathlib, sys; from tests.v1_4 import make_repository; make_repository(pathlib.Path(sys.argv[1]))' \
+    "$snapshot"
+container=$(buildah from --pull=never --volume "$work/cache:/runpod-volume/huggingface-cache/hub:ro" worker-test-bare)
+run test ! -e /model || fail "it has a model"
+unshare --net buildah run --env MODEL_ID=someone/tiny "$container" -- python handler.py --check | tee "$work/log"
+grep -q "model: someone/tiny at 0123456789ab, RunPod's cached models" "$work/log" || fail "the log"
+unshare --net buildah run --env MODEL_ID=someone/other "$container" -- python handler.py --check | tee "$work/log" && fail "no model"
+grep -q "choose it as the endpoint's Model" "$work/log" || fail "the log"
+picture someone/tiny
