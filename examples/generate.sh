@@ -75,13 +75,18 @@ esac
 format=${format:-${ending:-png}}
 output=${output:-picture.$format}
 [[ $format == png ]] || fields+=(output_format "$format")
-[[ -d $(dirname -- "$output") ]] || die "no such directory: $(dirname -- "$output")"
+folder=$(dirname -- "$output")
+[[ -d $folder ]] || die "no such directory: $folder"
+[[ ! -d $output ]] || die "$output is a directory: -o wants the name of a file"
+[[ -w $folder ]] || die "cannot write into $folder"
 
 if [[ -n ${ENDPOINT_URL:-} ]]; then
     endpoint=${ENDPOINT_URL%/}
+    named=ENDPOINT_URL
 else
     [[ -n ${ENDPOINT_ID:-} && -n ${RUNPOD_API_KEY:-} ]] || die 'set ENDPOINT_ID and RUNPOD_API_KEY, or ENDPOINT_URL'
     endpoint=${RUNPOD_ENDPOINT_BASE_URL:-https://api.runpod.ai/v2}/$ENDPOINT_ID
+    named=ENDPOINT_ID
 fi
 
 work=$(mktemp -d)
@@ -91,6 +96,10 @@ cleanup() {
 }
 interrupted() {
     trap - INT TERM
+    if [[ -z $job && -s $work/answer ]]; then
+        job=$(read_answer 2>/dev/null) || true
+        job=${job%% *}
+    fi
     if [[ -n $job ]]; then
         request POST "/cancel/$job" || true
         printf '\ngenerate.sh: cancelled job %s\n' "$job" >&2
@@ -100,24 +109,39 @@ interrupted() {
 trap cleanup EXIT
 trap interrupted INT TERM
 
+# uninterrupted COMMAND...: Ctrl-C reaches every process of the script, but not this one
+uninterrupted() {
+    (
+        trap '' INT
+        exec "$@"
+    )
+}
+# who would answer it with a traceback
+python() {
+    uninterrupted python3 "$@"
+}
+
 # request METHOD PATH [BODY FILE]: leaves the HTTP status in $status and the answer in $work/answer
 request() {
     local arguments=(-sS -X "$1" -o "$work/answer" -w '%{http_code}' -H 'Content-Type: application/json')
     # from a file, where no list of processes shows it
     arguments+=(-H "@$work/headers" --max-time 120)
     [[ $1 == GET ]] || arguments+=(--data-binary "@${3:-/dev/null}")
+    local curl=(curl)
+    # interrupted, a job that is on its way can be cancelled only when its id is there
+    [[ $2 != /run ]] || curl=(uninterrupted curl)
     : >"$work/answer"
-    status=$(curl "${arguments[@]}" "$endpoint$2" 2>"$work/error") || status=000
+    status=$("${curl[@]}" "${arguments[@]}" "$endpoint$2" 2>"$work/error") || status=000
 }
 printf 'Authorization: Bearer %s\n' "${RUNPOD_API_KEY:-}" >"$work/headers"
 
-# checked METHOD PATH [BODY FILE]: request, patient with a busy endpoint, that ends the script where it is refused;
-# 405, the wrong method, is left to the caller
+# checked METHOD PATH [BODY FILE]: request, patient with a busy endpoint, and with a broken one when the job is sent,
+# that ends the script where it is refused; 405, the wrong method, is left to the caller
 checked() {
     local pause=1
     request "$@"
-    while [[ $status == 429 ]] && ((pause <= 16)); do
-        printf 'the endpoint is busy (429), trying again in %s s\n' "$pause" >&2
+    while [[ $status == 429 || -n $job && $status == [05]?? ]] && ((pause <= 16)); do
+        printf 'the endpoint is busy or broken (%s), trying again in %s s\n' "$status" "$pause" >&2
         sleep "$pause"
         pause=$((2 * pause))
         request "$@"
@@ -126,13 +150,13 @@ checked() {
     2?? | 405) ;;
     000) die "no answer from $endpoint: $(head -n 1 "$work/error")" ;;
     401 | 403) die "the API key was refused ($status): check RUNPOD_API_KEY" ;;
-    404) die "not found (404): check ENDPOINT_ID; results are kept for half an hour" ;;
+    404) die "not found (404): check $named; results are kept for half an hour" ;;
     429) die 'the endpoint stays busy (429): try again later' ;;
     *) die "the endpoint answered $status: $(head -c 300 "$work/answer")" ;;
     esac
 }
 
-python3 - "$prompt" ${fields[@]+"${fields[@]}"} >"$work/body" <<'PYTHON' || exit 1
+python - "$prompt" ${fields[@]+"${fields[@]}"} >"$work/body" <<'PYTHON' || exit 1
 import json
 import sys
 
@@ -150,7 +174,7 @@ PYTHON
 
 # read_answer: the job's id, state, and one line of progress or error
 read_answer() {
-    python3 - "$work/answer" <<'PYTHON'
+    python - "$work/answer" <<'PYTHON'
 import json
 import sys
 
@@ -170,10 +194,11 @@ answer=$(read_answer) || exit 1
 read -r job state detail <<<"$answer"
 
 method=GET
-pause=0.5
+pause=500
 while [[ $state == IN_QUEUE || $state == IN_PROGRESS ]]; do
-    sleep "$pause"
-    pause=$(python3 -c "print(min(5, 1.3 * $pause))")
+    printf -v seconds '%d.%03d' $((pause / 1000)) $((pause % 1000))
+    sleep "$seconds"
+    pause=$((pause < 4000 ? pause * 13 / 10 : 5000))
     checked "$method" "/status/$job"
     if [[ $status == 405 ]]; then
         # the SDK's local server wants POST
@@ -185,23 +210,24 @@ while [[ $state == IN_QUEUE || $state == IN_PROGRESS ]]; do
     printf '\r\033[K%s %s' "$state" "$detail" >&2
 done
 printf '\r\033[K' >&2
-finished=$job
-job=
+trap - INT TERM
 
 case $state in
 COMPLETED) ;;
-FAILED) die "job $finished failed: $detail" ;;
-*) die "job $finished ended as $state${detail:+: $detail}" ;;
+FAILED) die "job $job failed: $detail" ;;
+*) die "job $job ended as $state${detail:+: $detail}" ;;
 esac
 
-python3 - "$work/answer" "$output" <<'PYTHON'
+python - "$work/answer" "$output" "$job" <<'PYTHON'
 import base64
 import json
 import os
+import signal
 import sys
 import urllib.request
 
-answer, path = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+answer, path, job = sys.argv[1:]
 output = json.load(open(answer)).get("output")
 if not output:
     sys.exit("generate.sh: the job is completed but has no output: its result was over the platform's limit")
@@ -212,12 +238,20 @@ for i, image in enumerate(images, start=1):
     if "image" in image:
         file = base64.b64decode(image["image"])
     else:
-        with urllib.request.urlopen(image["image_url"], timeout=120) as link:
-            file = link.read()
+        try:
+            with urllib.request.urlopen(image["image_url"], timeout=120) as link:
+                file = link.read()
+        except OSError as error:
+            sys.exit(f"generate.sh: cannot fetch {image['image_url']}: {error}")
     # a picture is there as a whole or not at all
-    with open(name + ".part", "wb") as part:
-        part.write(file)
-    os.replace(name + ".part", name)
+    try:
+        with open(name + ".part", "wb") as part:
+            part.write(file)
+        os.replace(name + ".part", name)
+    except OSError as error:
+        if os.path.exists(name + ".part"):
+            os.remove(name + ".part")
+        sys.exit(f"generate.sh: cannot write {name}: {error.strerror}; /status/{job} has it for half an hour")
     print(f"{name} seed {image['seed']}")
 for warning in output.get("warnings", []):
     print(f"warning: {warning}", file=sys.stderr)

@@ -142,6 +142,8 @@ def test_the_script_fetches_a_picture_from_a_bucket(tmp_path: Path):
             "failed: invalid input: output_format: must be png, jpeg or webp, got gif",
         ),
         (["the sea", "-o", "nowhere/picture.png"], {}, "no such directory: nowhere"),
+        (["the sea", "-o", "."], {}, ". is a directory: -o wants the name of a file"),
+        (["the sea", "-o", "/proc/self/sea.png"], {}, "cannot write into /proc/self"),
         (["the sea"], {"RUNPOD_API_KEY": "wrong"}, "the API key was refused (401): check RUNPOD_API_KEY"),
         (["the sea"], {"ENDPOINT_URL": "http://127.0.0.1:9"}, "no answer from http://127.0.0.1:9: "),
         (["the sea"], {"ENDPOINT_URL": ""}, "set ENDPOINT_ID and RUNPOD_API_KEY, or ENDPOINT_URL"),
@@ -156,14 +158,32 @@ def test_the_script_says_what_is_wrong(
 
 def test_the_script_says_that_there_is_no_such_endpoint(platform: Platform, client: Client, tmp_path: Path):
     said = told(generate(tmp_path, environment(platform, ENDPOINT_URL=f"{platform.url}/v2/nothing"), "the sea"))
+    assert said.startswith("not found (404): check ENDPOINT_URL")
+    by_id = {"ENDPOINT_URL": "", "ENDPOINT_ID": "nothing", "RUNPOD_ENDPOINT_BASE_URL": f"{platform.url}/v2"}
+    said = told(generate(tmp_path, environment(platform, **by_id), "the sea"))
     assert said.startswith("not found (404): check ENDPOINT_ID")
 
 
+def test_a_picture_that_cannot_be_saved_is_told_in_one_line(platform: Platform, client: Client, tmp_path: Path):
+    name = "x" * 252 + ".png"
+    ran = generate(tmp_path, environment(platform), "the sea", "--steps", "1", "-o", name)
+    assert re.search(rf"cannot write {name}: File name too long; /status/[\w-]+ has it for half an hour$", told(ran))
+    ran = python_example(platform, tmp_path, "the sea", "-o", name)
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines()[-1] == f"generate.py: error: cannot write {name}: File name too long"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_script_backs_off(platform: Platform, client: Client, tmp_path: Path):
-    platform.faults += [Fault("/run", status=429, times=2), Fault("/status/", status=429)]
+    platform.faults += [
+        Fault("/run", status=429, times=2),
+        Fault("/status/", status=429),
+        Fault("/status/", status=502),
+    ]
     ran = generate(tmp_path, environment(platform), "the sea", "--steps", "2")
     assert ran.returncode == 0
-    assert "busy (429), trying again in 1 s" in ran.stderr and "trying again in 2 s" in ran.stderr
+    retries = re.findall(r"the endpoint is busy or broken \((\d+)\), trying again in (\d) s\n", ran.stderr)
+    assert retries == [("429", "1"), ("429", "2"), ("429", "1"), ("502", "2")]
 
 
 @pytest.mark.process
@@ -205,11 +225,13 @@ def test_shellcheck_finds_nothing():
     assert (ran.returncode, ran.stdout) == (0, "")
 
 
-def python_example(platform: Platform, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def python_example(
+    platform: Platform, folder: Path, *arguments: str, **settings: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, ROOT / "examples" / "generate.py", *arguments],
         cwd=folder,
-        env=environment(platform, ENDPOINT_ID="local", RUNPOD_ENDPOINT_BASE_URL=f"{platform.url}/v2"),
+        env=environment(platform, **settings),
         text=True,
         capture_output=True,
         timeout=90,
@@ -223,6 +245,56 @@ def test_the_python_example(platform: Platform, client: Client, tmp_path: Path):
     ran = python_example(platform, tmp_path, "the sea", "--images", "9")
     assert ran.returncode == 1
     assert ran.stderr.splitlines()[-1] == ("generate.py: FAILED: invalid input: num_images: must be at most 4, got 9")
+    by_id = {"ENDPOINT_URL": "", "ENDPOINT_ID": "local", "RUNPOD_ENDPOINT_BASE_URL": f"{platform.url}/v2"}
+    assert python_example(platform, tmp_path, "the sea", **by_id).stdout.startswith("picture.png seed ")
+
+
+def test_the_python_example_and_the_sdks_local_server(platform: Platform, local_server: str, tmp_path: Path):
+    ran = python_example(platform, tmp_path, "the sea", ENDPOINT_URL=local_server)
+    assert ran.returncode == 0, ran.stderr
+    assert Image.open(tmp_path / "picture.png").size == (128, 128)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "said"),
+    [
+        (["the sea"], {"ENDPOINT_URL": ""}, "generate.py: set ENDPOINT_ID and RUNPOD_API_KEY, or ENDPOINT_URL"),
+        (["the sea"], {"RUNPOD_API_KEY": "wrong"}, "generate.py: 401 Unauthorized"),
+        (["the sea"], {"ENDPOINT_URL": "https://127.0.0.1:9"}, "generate.py: no answer from https://127.0.0.1:9"),
+        (["the sea"], {"ENDPOINT_URL": "localhost"}, "generate.py: "),
+        (["the sea", "-o", "."], {}, "generate.py: error: . is a directory: -o wants the name of a file"),
+        (["the sea", "-o", "nowhere/sea.png"], {}, "generate.py: error: cannot write nowhere/sea.png: No such file"),
+        (["the sea", "-o", "a.jpg", "--format", "png"], {}, "generate.py: error: a.jpg is the name of a jpeg"),
+    ],
+)
+def test_the_python_example_says_what_is_wrong(
+    platform: Platform, client: Client, tmp_path: Path, arguments: list[str], settings: dict[str, str], said: str
+):
+    ran = python_example(platform, tmp_path, *arguments, **settings)
+    assert ran.returncode in (1, 2)
+    assert ran.stderr.splitlines()[-1].startswith(said)
+    assert "Traceback" not in ran.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_python_example_outlives_a_fault_and_cancels_its_job_when_interrupted(tmp_path: Path):
+    with serving() as platform:
+        platform.faults += [Fault("/status/", status=502)]
+        example = subprocess.Popen(
+            [sys.executable, ROOT / "examples" / "generate.py", "the sea"],
+            cwd=tmp_path,
+            env=environment(platform),
+            stderr=subprocess.PIPE,
+            text=True,
+            # as a terminal starts it, however the tests were started
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        (job,) = until(platform.jobs.values)
+        until(lambda: not platform.faults)
+        time.sleep(1)
+        example.send_signal(signal.SIGINT)
+        _, said = example.communicate(timeout=20)
+        assert (example.returncode, said, job.status) == (130, "", "CANCELLED")
 
 
 @pytest.fixture(scope="session")
