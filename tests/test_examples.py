@@ -444,9 +444,23 @@ def readme_commands() -> list[str]:
     return [block for block in blocks if "curl" in block or "examples/" in block]
 
 
-@pytest.mark.parametrize("command", readme_commands())
+def readme_exports() -> list[list[str]]:
+    """The variables that the README's commands find an endpoint by: those of each of its ``export`` commands."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return [re.findall(r"(\w+)=", line) for line in re.findall(r"^export .*$", readme, re.M)]
+
+
+@pytest.mark.parametrize(
+    ("command", "exported"),
+    [
+        (command, exported)
+        for command in readme_commands()
+        for exported in readme_exports()
+        if set(re.findall(r"\$(\w+)", command)) <= set(exported)
+    ],
+)
 def test_the_readmes_commands_paint(
-    platform: Platform, client: Client, local_server: str, tmp_path: Path, command: str
+    platform: Platform, client: Client, local_server: str, tmp_path: Path, command: str, exported: list[str]
 ):
     for replaced, by in (
         ("https://api.runpod.ai/v2", f"{platform.url}/v2"),
@@ -459,11 +473,10 @@ def test_the_readmes_commands_paint(
         command = command.replace(replaced, by)
     # whoever follows it pastes the id that the first answer gave
     command = command.replace("<id>", client.run())
-    env = os.environ | {
-        "ENDPOINT_ID": "local",
-        "RUNPOD_API_KEY": platform.key,
-        "RUNPOD_ENDPOINT_BASE_URL": f"{platform.url}/v2",
-    }
+    values = {"ENDPOINT_URL": local_server, "ENDPOINT_ID": "local", "RUNPOD_API_KEY": platform.key}
+    env = os.environ | {name: values[name] for name in exported}
+    # in place of api.runpod.ai
+    env["RUNPOD_ENDPOINT_BASE_URL"] = f"{platform.url}/v2"
     ran = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
     )

@@ -11,6 +11,7 @@ from src.batch import SCHEDULERS
 from src.output import Picture, job_output
 from src.request import MAX_SEED, ImageRequest, OutputFormat, SchedulerName
 from src.settings import DEFAULT_MODEL_ID, Settings
+from src.weights import DEMO_MODEL
 from tests.platform_stub import Platform
 from tests.platform_stub.client_routes import ClientRoutes
 from tests.platform_stub.job import Policy
@@ -85,6 +86,11 @@ def test_the_policy_table():
         assert default == str(schema[name]["default"]).lower()
         if "minimum" in schema[name]:
             assert bounds == f"{schema[name]['minimum']} to {schema[name]['maximum']}"
+
+
+def test_every_command_runs_in_the_environment_that_the_first_one_made():
+    for path in (ROOT / "README.md", DEMO_MODEL / "README.md"):
+        assert not re.findall(r"(?:`|^)python3? (?:-m (?!venv)|handler).*", path.read_text(encoding="utf-8"), re.M)
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)|^\| `([\w.]+(?:/[\w./]*|\.py))` \|", README, re.M))
