@@ -1,4 +1,4 @@
-"""What a new field, scheduler or output format must reach, beyond its own tests and the README's tables."""
+"""What a new field, scheduler, setting or output format must reach, beyond its own tests and the README's tables."""
 
 import asyncio
 import base64
@@ -8,18 +8,22 @@ import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from types import SimpleNamespace
+from typing import Any, get_args, get_type_hints
 
 import diffusers
 import pytest
+import torch
 from PIL import Image
 
 from builder.schemas import V1_4
 from examples import generate
-from src.batch import SCHEDULERS
+from src.batch import SCHEDULERS, BatchRunner
 from src.engine import Engine
-from src.output import encode, parameters
+from src.output import OneImage, encode, parameters
+from src.pipeline import Model
 from src.request import ImageRequest, JobError, ModelLimits, OutputFormat
+from src.settings import Settings
 from tests.client import until
 from tests.platform_stub import serving
 from tests.test_examples import GENERATE, LIKELY, environment
@@ -103,6 +107,43 @@ def test_requests_share_a_batch_only_where_they_may_differ(field: str):
         return runner.batches
 
     assert len(asyncio.run(batches())) == (2 if field in OF_AN_IMAGE else 3)
+
+
+class RecordingPipeline:
+    """Keeps what it is asked for, and produces NaN, which no picture is made of."""
+
+    config = SimpleNamespace(sample_size=64)
+
+    def __init__(self) -> None:
+        self.scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1)
+        self.unet, self.vae_scale_factor = self, 8
+        self.asked: list[dict[str, Any]] = []
+
+    def __call__(self, *, generator: list[torch.Generator], callback_on_step_end: object, **asked: Any) -> Any:
+        seeds = [each.initial_seed() for each in generator]
+        self.asked.append(asked | {"seeds": seeds, "scheduler": type(self.scheduler)})
+        return SimpleNamespace(images=torch.full((len(seeds), 3, 8, 8), torch.nan), nsfw_content_detected=None)
+
+
+@pytest.mark.parametrize("field", VALUES)
+def test_a_field_reaches_the_pipeline(field: str):
+    pipeline = RecordingPipeline()
+    runner = BatchRunner(Model("none", pipeline))
+    for request in two_requests(field):
+        runner.run([request] * request.num_images, request.seeds, lambda share: None)
+    first, second = pipeline.asked
+    assert (first == second) == (field in {"output_format", "output_quality"})
+
+
+def test_an_output_tells_what_the_client_may_not_know():
+    asked_and_known = {"prompt", "negative_prompt", "num_images", "output_quality"}
+    assert set(VALUES) - set(get_type_hints(OneImage)) == asked_and_known
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_a_setting_has_an_effect(name: str):
+    modules = [ROOT / "handler.py", *(ROOT / "src").glob("*.py")]
+    assert any(re.search(rf"settings\.{name}\b", path.read_text()) for path in modules)
 
 
 @pytest.mark.parametrize("field", VALUES)

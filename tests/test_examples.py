@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from builder.schemas import V1_4, files, input_schema, output_schema
-from src.request import ImageRequest, JobError
+from src.request import ImageRequest, JobError, OutputFormat
 from src.settings import Settings
 from tests.client import Client, receiver, until
 from tests.platform_stub import Fault, Platform, serving
@@ -411,7 +411,7 @@ LIKELY = {
     "guidance_scale": st.floats(-1, 31),
     "seed": st.integers(-1, 2**53 + 1),
     "num_images": st.integers(0, 5),
-    "output_format": st.sampled_from(["png", "jpeg", "webp", "gif", "PNG"]),
+    "output_format": st.sampled_from([*get_args(OutputFormat), "gif", "PNG"]),
     "output_quality": st.integers(0, 101),
     "scheduler": st.sampled_from(["PNDM", "KLMS", "Euler"]),
 }
