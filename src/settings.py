@@ -54,11 +54,14 @@ class Settings(BaseModel):
         description="Largest result in bytes; the default is the platform's limit for `/run`",
     )
     bucket_endpoint_url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = Field(
-        None, description="S3-compatible storage for pictures; with it, results hold links. Needs all of `BUCKET_*`"
+        None, description="S3-compatible storage for pictures; with it, results hold links. Needs the next three, too"
     )
     bucket_access_key_id: SecretStr | None = Field(None, description="Its access key")
     bucket_secret_access_key: SecretStr | None = Field(None, description="Its secret key")
     bucket_name: str | None = Field(None, description="The bucket's name")
+    bucket_region: str | None = Field(
+        None, description="The region that requests are signed for. Default: the one in the address, else `us-east-1`"
+    )
 
     @field_validator("model_id")
     @classmethod
@@ -67,9 +70,9 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _whole_bucket(self) -> Self:
-        names = [name for name in type(self).model_fields if name.startswith("bucket_")]
-        missing = [name.upper() for name in names if getattr(self, name) is None]
-        if 0 < len(missing) < len(names):
+        wanted = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key", "bucket_name")
+        missing = [name.upper() for name in wanted if getattr(self, name) is None]
+        if missing and (len(missing) < len(wanted) or self.bucket_region):
             raise PydanticCustomError(
                 "bucket", "{missing} not set: set all of BUCKET_* or none", {"missing": ", ".join(missing)}
             )

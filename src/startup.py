@@ -30,6 +30,8 @@ def begin(settings: Settings) -> None:
     _in_background(_make_cuda_context)
     # a second of the SDK's import is a look at the processor in a subprocess
     _in_background(importlib.import_module, "runpod")
+    if settings.bucket_name:
+        _in_background(importlib.import_module, "boto3")
 
 
 def finish() -> None:

@@ -1,67 +1,201 @@
-"""Pictures in S3-compatible storage, over HTTP, against moto's server."""
+"""Pictures in S3-compatible storage, over HTTPS, against moto's server."""
 
 import asyncio
+import datetime
 import io
+import re
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from socketserver import StreamRequestHandler, ThreadingTCPServer
+from typing import Any, get_args
+from urllib.parse import urlsplit
 
-import boto3
 import pytest
 import requests
-from moto.server import ThreadedMotoServer
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from PIL import Image
+from werkzeug.serving import make_server
 
-from src.bucket import Bucket
+from src.bucket import Bucket, address
 from src.engine import Engine
 from src.request import JobError, OutputFormat
 from src.settings import Settings
 from src.worker import Worker
+from tests.test_readme import README
+
+MOTO = "https://s3.amazonaws.com"
+REGIONAL = {
+    "https://s3.us-west-2.amazonaws.com": "us-west-2",
+    "https://s3-us-west-2.amazonaws.com": "us-west-2",
+    "https://s3.dualstack.eu-central-1.amazonaws.com": "eu-central-1",
+    "https://s3.amazonaws.com": "us-east-1",
+    "https://account.r2.cloudflarestorage.com": "us-east-1",
+    "https://s3.us-west-004.backblazeb2.com": "us-west-004",
+    "https://storage.googleapis.com": "us-east-1",
+    "https://fra1.digitaloceanspaces.com": "fra1",
+    "https://s3.fr-par.scw.cloud": "fr-par",
+    "https://minio.example.com:9000": "us-east-1",
+}
+"""Addresses of storages without a bucket's name, and the region that each means."""
+
+
+@dataclass
+class Storage:
+    """moto's S3 server over HTTPS, at the addresses of well-known storages."""
+
+    client: Any
+    requests: list[dict[str, str]]
+    """The headers of each request that it got, as WSGI names them."""
+    answers: list[str]
+    """What it answers to the next requests instead of doing what they ask."""
 
 
 @pytest.fixture(scope="module")
-def storage() -> Iterator[str]:
-    """The address of a storage with one bucket, ``pictures``."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    address = f"http://{host}:{port}"
-    client = boto3.client(
-        "s3",
-        endpoint_url=address,
-        aws_access_key_id="key",
-        aws_secret_access_key="secret",
-        region_name="us-east-1",
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate for every one of the storages and its buckets, and its key, in one file."""
+    names = [urlsplit(address).hostname for address in REGIONAL]
+    names = [x509.DNSName(name) for host in names for name in (host, f"*.{host}")]
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "storage")])
+    now = datetime.datetime.now(datetime.UTC)
+    signed = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
     )
-    client.create_bucket(Bucket="pictures")
-    yield address
-    server.stop()
+    path = tmp_path_factory.mktemp("tls") / "storage.pem"
+    pem, kind = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    path.write_bytes(signed.public_bytes(pem) + key.private_bytes(pem, kind, serialization.NoEncryption()))
+    return path
 
 
-def settings(address: str, name: str = "pictures") -> Settings:
+@pytest.fixture(scope="module")
+def storage(certificate: Path) -> Iterator[Storage]:
+    """A storage with one bucket, ``pictures``, reached through a proxy that has every address lead to it."""
+    moto, received, answers = DomainDispatcherApplication(create_backend_app), list[dict[str, str]](), list[str]()
+
+    def recorded(environ: dict[str, Any], start_response: Any) -> Any:
+        received.append({name: value for name, value in environ.items() if isinstance(value, str)})
+        if answers:
+            start_response(answers.pop(0), [("Content-Length", "0")])
+            return []
+        return moto(environ, start_response)
+
+    server = make_server("127.0.0.1", 0, recorded, threaded=True, ssl_context=(str(certificate), str(certificate)))
+
+    class Proxy(StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            with socket.create_connection(("127.0.0.1", server.server_port)) as upstream:
+                there = threading.Thread(target=pump, args=(self.connection, upstream), daemon=True)
+                there.start()
+                pump(upstream, self.connection)
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    class Proxies(ThreadingTCPServer):
+        daemon_threads = True
+
+    with pytest.MonkeyPatch.context() as patch, Proxies(("127.0.0.1", 0), Proxy) as proxy:
+        for each in (server, proxy):
+            threading.Thread(target=each.serve_forever, daemon=True).start()
+        patch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.server_address[1]}")
+        patch.setenv("AWS_CA_BUNDLE", str(certificate))
+        patch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+        patch.setenv("MOTO_S3_CUSTOM_ENDPOINTS", ",".join(REGIONAL))
+        client = Bucket(settings())._client
+        client.create_bucket(Bucket="pictures")
+        yield Storage(client, received, answers)
+        server.shutdown()
+        proxy.shutdown()
+
+
+def settings(address: str = "https://s3.amazonaws.com", name: str = "pictures", region: str | None = None) -> Settings:
     return Settings(
         bucket_endpoint_url=address,
         bucket_access_key_id="key",
         bucket_secret_access_key="secret",
         bucket_name=name,
+        bucket_region=region,
     )
 
 
-def test_what_is_uploaded_can_be_fetched_by_its_link(storage: str):
-    link = Bucket(settings(storage)).upload(b"a PNG", "job-1/picture-1.png", "image/png")
+@pytest.mark.parametrize("address", REGIONAL)
+@pytest.mark.parametrize("form", ["neither", "in the host", "in the path"])
+def test_every_form_of_address_ends_in_the_same_object(storage: Storage, address: str, form: str):
+    scheme, host = address.split("//")
+    given = {"neither": address, "in the host": f"{scheme}//pictures.{host}", "in the path": f"{address}/pictures/"}
+    if form == "in the host" and host.count(".") < 2:
+        pytest.skip("not told from a host of that name")
+    storage.requests.clear()
+    link = Bucket(settings(given[form])).upload(address.encode(), "job-1/picture-1.png", "image/png")
+    stored = storage.client.get_object(Bucket="pictures", Key="job-1/picture-1.png")
+    assert (stored["Body"].read(), stored["ContentType"]) == (address.encode(), "image/png")
+    put = storage.requests[0]
+    assert (put["REQUEST_METHOD"], put["CONTENT_LENGTH"]) == ("PUT", str(len(address)))
+    assert put["HTTP_HOST"] == f"pictures.{host}" if form == "in the host" else host
+    assert f"/{REGIONAL[address]}/s3/aws4_request" in put["HTTP_AUTHORIZATION"]
+    # what R2 and others refuse
+    assert "HTTP_CONTENT_ENCODING" not in put and "HTTP_X_AMZ_TRAILER" not in put
+    assert "TRAILER" not in put["HTTP_X_AMZ_CONTENT_SHA256"]
+    assert not any("CHECKSUM" in name for name in put)
+
     fetched = requests.get(link, timeout=10)
-    assert (fetched.content, fetched.headers["Content-Type"]) == (b"a PNG", "image/png")
+    assert (fetched.content, fetched.headers["Content-Type"]) == (address.encode(), "image/png")
     assert "X-Amz-Expires=604800" in link and "job-1/picture-1.png" in link
 
 
+def test_a_region_that_is_set_counts(storage: Storage):
+    storage.requests.clear()
+    Bucket(settings("https://s3.us-west-2.amazonaws.com", region="auto")).upload(b"a PNG", "picture.png", "image/png")
+    assert "/auto/s3/aws4_request" in storage.requests[0]["HTTP_AUTHORIZATION"]
+
+
+def test_a_bucket_may_have_the_name_of_its_storage():
+    assert address("https://storage.googleapis.com", "storage") == ("https://storage.googleapis.com", "path")
+    assert address("https://s3.local.example.com/s3", "s3") == ("https://s3.local.example.com", "path")
+    assert address("https://x.supabase.co/storage/v1/s3/", "a") == ("https://x.supabase.co/storage/v1/s3", "path")
+
+
+def test_the_readmes_addresses_are_among_them():
+    rows = re.findall(r"^\| [^|]+ \| `(https://\S+)` \|", README, re.M)
+    examples = {"region": "us-west-\\d+", "account": "account", "host": "minio.example.com"}
+    assert len(rows) == 5
+    for row in rows:
+        pattern = re.sub("<(.+?)>", lambda placeholder: examples[placeholder[1]], row)
+        assert any(re.fullmatch(pattern, address) for address in REGIONAL), row
+
+
+def test_a_storage_in_trouble_is_asked_again(storage: Storage):
+    storage.answers += ["503 Slow Down", "500 Internal Error"]
+    Bucket(settings()).upload(b"a PNG", "job-6/picture.png", "image/png")
+    assert storage.client.get_object(Bucket="pictures", Key="job-6/picture.png")["Body"].read() == b"a PNG"
+
+
 def test_a_job_gives_links_in_place_of_pictures(
-    storage: str, v1_4_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    storage: Storage, v1_4_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
     job = {"id": "job-2", "input": {"prompt": "a cat", "num_inference_steps": 2, "seed": 1, "num_images": 2}}
     there, here = (
-        asyncio.run(Worker(v1_4_engine, each).handle(job))
-        for each in (settings(storage), Settings(max_result_bytes=10**7))
+        asyncio.run(Worker(v1_4_engine, each).handle(job)) for each in (settings(), Settings(max_result_bytes=10**7))
     )
     assert [set(image) for image in there["images"]] == [{"image_url", "seed", "nsfw_content_detected"}] * 2
     for linked, given in zip(there["images"], here["images"], strict=True):
@@ -71,9 +205,9 @@ def test_a_job_gives_links_in_place_of_pictures(
 
 
 @pytest.mark.parametrize("output_format", get_args(OutputFormat))
-def test_a_link_is_named_and_typed_by_its_format(storage: str, v1_4_engine: Engine, output_format: str):
+def test_a_link_is_named_and_typed_by_its_format(storage: Storage, v1_4_engine: Engine, output_format: str):
     asked = {"prompt": "a cat", "num_inference_steps": 1, "output_format": output_format}
-    told = asyncio.run(Worker(v1_4_engine, settings(storage)).handle({"id": "job-5", "input": asked}))
+    told = asyncio.run(Worker(v1_4_engine, settings()).handle({"id": "job-5", "input": asked}))
     assert f"job-5/picture-1.{output_format}?" in told["image_url"]
     fetched = requests.get(told["image_url"], timeout=10)
     picture = Image.open(io.BytesIO(fetched.content))
@@ -88,20 +222,20 @@ def refusal(settings: Settings, engine: Engine) -> str:
 
 
 def test_a_bucket_that_fails_fails_the_job_and_leaves_nothing_behind(
-    storage: str, v1_4_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    storage: Storage, v1_4_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
     refused = "the endpoint's bucket refused the picture: "
-    assert refusal(settings(storage, "nothing-here"), v1_4_engine) == refused + "NoSuchBucket"
+    assert refusal(settings(name="nothing-here"), v1_4_engine) == refused + "NoSuchBucket"
     assert refusal(settings("http://127.0.0.1:9"), v1_4_engine) == "the endpoint's bucket could not be reached"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_key_is_refused(storage: str):
+def test_a_wrong_key_is_refused(storage: Storage):
     # moto checks keys once it has been told after how many requests to begin
-    requests.post(f"{storage}/moto-api/reset-auth", data="0", timeout=10)
+    requests.post(f"{MOTO}/moto-api/reset-auth", data="0", timeout=10)
     try:
         with pytest.raises(JobError, match=r"the endpoint's bucket refused the picture: InvalidAccessKeyId"):
-            Bucket(settings(storage)).upload(b"a PNG", "job-4/picture-1.png", "image/png")
+            Bucket(settings()).upload(b"a PNG", "job-4/picture-1.png", "image/png")
     finally:
-        requests.post(f"{storage}/moto-api/reset-auth", data="inf", timeout=10)
+        requests.post(f"{MOTO}/moto-api/reset-auth", data="inf", timeout=10)

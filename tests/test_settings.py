@@ -36,6 +36,7 @@ def test_every_variable_is_read():
             "BUCKET_ACCESS_KEY_ID": "key",
             "BUCKET_SECRET_ACCESS_KEY": "secret",
             "BUCKET_NAME": "pictures",
+            "BUCKET_REGION": "auto",
         }
     )
     secrets = {
@@ -57,6 +58,7 @@ def test_every_variable_is_read():
         "bucket_access_key_id": "key",
         "bucket_secret_access_key": "secret",
         "bucket_name": "pictures",
+        "bucket_region": "auto",
     }
     for name, secret in secrets.items():
         assert getattr(settings, name).get_secret_value() == secret
@@ -67,6 +69,7 @@ def test_a_bucket_is_set_up_as_a_whole_or_not_at_all():
     assert said == "BUCKET_ENDPOINT_URL not set: set all of BUCKET_* or none"
     said = refusal(BUCKET_ENDPOINT_URL="https://storage.example.com")
     assert said.startswith("BUCKET_ACCESS_KEY_ID, BUCKET_SECRET_ACCESS_KEY, BUCKET_NAME not set")
+    assert refusal(BUCKET_REGION="auto").endswith("BUCKET_NAME not set: set all of BUCKET_* or none")
     assert refusal(BUCKET_ENDPOINT_URL="storage.example.com").startswith("BUCKET_ENDPOINT_URL=storage.example.com: ")
 
 

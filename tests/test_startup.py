@@ -131,3 +131,18 @@ def test_files_that_are_read_ahead_are_in_the_page_cache(tmp_path: Path):
         assert not is_cached()
         startup._read_ahead([path, tmp_path / "missing"])
         assert is_cached()
+
+
+@pytest.mark.process
+def test_boto3_is_imported_at_start_and_for_a_bucket_only():
+    def imported(**settings: str) -> str:
+        settings = {"MODEL_ID": "demo", **settings}
+        return python(
+            "import sys, time; from src import startup, worker; from src.settings import Settings\n"
+            f"startup.begin(Settings.from_environment({settings}))\n"
+            "time.sleep(3); print('boto3' in sys.modules)"
+        )
+
+    bucket = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY", "BUCKET_NAME")
+    assert imported() == "False\n"
+    assert imported(**dict.fromkeys(bucket, "https://storage.example.com")) == "True\n"
