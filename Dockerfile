@@ -2,7 +2,7 @@
 # The layers stand in the order of how seldom they change: packages, model, code.
 FROM python:3.11-slim
 
-# PYTHONHASHSEED: diffusers loads a pipeline's components in the order of a set, the weights' read-ahead in this one.
+# PYTHONHASHSEED: diffusers loads a pipeline's components in the order of a set, which the weights' read-ahead must know.
 # NVIDIA_*: what NVIDIA's own images set, so that a container runtime lends the GPU.
 ENV PYTHONUNBUFFERED=1 \
     PYTHONHASHSEED=0 \

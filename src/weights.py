@@ -74,7 +74,8 @@ def find(model_id: str, settings: Settings) -> Repository:
 def find_local(model_id: str, settings: Settings) -> Repository | None:
     """Finds a model without a network.
 
-    A directory is taken as it is. A hub id is looked for among RunPod's cached models, then in the Hugging Face cache.
+    A directory is taken as it is. A hub id is looked for among RunPod's cached models, then in the Hugging Face cache;
+    without ``MODEL_REVISION``, any commit that RunPod cached is taken in the end.
 
     Raises:
         StartError: if ``model_id`` is a directory that cannot be used, or cannot be a hub id.
