@@ -5,6 +5,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Any
 
 from runpod import RunPodLogger
@@ -17,6 +18,9 @@ from src.request import ImageRequest, JobError
 from src.settings import Settings
 
 log = RunPodLogger()
+
+KEPT_ANSWERS = 8
+"""Of up to ``MAX_RESULT_BYTES`` each. A job that is delivered again comes within seconds."""
 
 ProgressReports = Callable[[str, Callable[[], dict[str, Any]]], AbstractAsyncContextManager[None]]
 """For as long as its block runs, tells someone of the job by that id what the callable gives."""
@@ -36,7 +40,7 @@ class Worker:
         self._settings = settings
         self._progress_reports = progress_reports or platform.progress_reports
         self._bucket = Bucket(settings) if settings.bucket_name else None
-        self._in_flight: dict[str, asyncio.Task[dict[str, Any]]] = {}
+        self._answers: dict[str, asyncio.Task[dict[str, Any]]] = {}
 
     async def handle(self, job: dict[str, Any]) -> dict[str, Any]:
         """The output of ``job``, or its ``error``, with ``refresh_worker`` when the device is lost.
@@ -44,12 +48,20 @@ class Worker:
         It never raises, since the SDK would send a traceback to the client. The log tells a failure's full story under
         the job's id; prompts and pictures are never logged.
         """
-        answer = self._in_flight.get(job["id"])
+        answer = self._answers.get(job["id"])
         if not answer:
-            answer = self._in_flight[job["id"]] = asyncio.create_task(self._answer(job))
-            answer.add_done_callback(lambda _: self._in_flight.pop(job["id"]))
-        # a job that the platform delivers twice is painted once; a copy, since the SDK takes it apart
+            answer = self._answers[job["id"]] = asyncio.create_task(self._answer(job))
+            answer.add_done_callback(partial(self._keep, job["id"]))
+        # a copy, since the SDK takes it apart
         return dict(await answer)
+
+    def _keep(self, job_id: str, answer: asyncio.Task[dict[str, Any]]) -> None:
+        """Keeps an answer for when the platform delivers its job again; an error is not kept, for ``/retry``."""
+        if answer.cancelled() or "error" in answer.result():
+            del self._answers[job_id]
+        finished = [each for each, task in self._answers.items() if task.done()]
+        for oldest in finished[:-KEPT_ANSWERS]:
+            del self._answers[oldest]
 
     async def _answer(self, job: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -12,7 +12,7 @@ from PIL import Image
 from src import pipeline
 from src.engine import Engine
 from src.settings import Settings
-from src.worker import Worker
+from src.worker import KEPT_ANSWERS, Worker
 
 
 def run(engine: Engine, job: dict[str, Any], settings: Settings | None = None) -> dict[str, Any]:
@@ -98,3 +98,22 @@ def test_a_result_over_the_limit_is_an_error(v1_4_engine: Engine):
     told = run(v1_4_engine, job(num_images=4), Settings(max_result_bytes=10_000))
     assert set(told) == {"error"}
     assert "the limit is 0.0 MB: ask for fewer or smaller images, for" in told["error"]
+
+
+def test_a_job_delivered_again_gets_the_same_answer_unless_it_failed(v1_4_engine: Engine):
+    worker = Worker(v1_4_engine, Settings())
+
+    async def answer(job_id: str, **job_input: object) -> dict[str, Any]:
+        return await worker.handle({"id": job_id, "input": {"prompt": "a cat", "num_inference_steps": 1} | job_input})
+
+    async def deliver() -> None:
+        assert "error" in await answer("failed", width=99)
+        assert "image" in await answer("failed")
+        # drawn at random, the seeds differ when a job is handled again
+        first = await answer("job-0")
+        assert await answer("job-0") == first
+        for i in range(1, KEPT_ANSWERS + 1):
+            await answer(f"job-{i}")
+        assert (await answer("job-0"))["seed"] != first["seed"]
+
+    asyncio.run(deliver())

@@ -5,9 +5,9 @@
 It can be told to misbehave: see ``Fault``.
 """
 
-from tests.platform_stub.faults import Fault
+from tests.platform_stub.faults import Chaos, Fault
 from tests.platform_stub.job import FINAL
 from tests.platform_stub.platform import ENDPOINT, HANDLER, Platform
 from tests.platform_stub.server import serving
 
-__all__ = ["ENDPOINT", "FINAL", "HANDLER", "Fault", "Platform", "serving"]
+__all__ = ["ENDPOINT", "FINAL", "HANDLER", "Chaos", "Fault", "Platform", "serving"]

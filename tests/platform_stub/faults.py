@@ -4,6 +4,8 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
+from random import Random
+from typing import Any, ClassVar
 
 from aiohttp import web
 
@@ -32,8 +34,38 @@ class Fault:
     """Only if the request's body has this in it."""
 
 
+class Chaos:
+    """Fails requests of workers at random, the n-th to a route always in the same way.
+
+    A job that is taken is never lost: no worker could do anything about it.
+    """
+
+    KINDS: ClassVar[dict[str, list[dict[str, Any]]]] = {
+        "job-take": [{"drop": True}, {"status": 429}, {"status": 500}, {"delay": 1.0}],
+        "job-stop": [{"drop": True}, {"lost": True}, {"status": 429}, {"status": 500}, {"delay": 1.0}],
+        "job-done": [{"drop": True}, {"lost": True}, {"status": 429}, {"status": 500}, {"delay": 1.0}],
+        "ping": [{"drop": True}, {"status": 500}, {"delay": 1.0}],
+    }
+
+    def __init__(self, seed: int, share: float) -> None:
+        """``share`` of the requests fail, from 0 to 1."""
+        self._seed = seed
+        self._share = share
+        self._routes: dict[str, Random] = {}
+
+    def for_request(self, request: web.Request) -> Fault | None:
+        for route, kinds in self.KINDS.items():
+            if f"/{route}" in request.path:
+                rng = self._routes.setdefault(route, Random(f"{self._seed} {route}"))
+                fault = Fault(route, **rng.choice(kinds))
+                return fault if rng.random() < self._share else None
+        return None
+
+
 class Faults(list[Fault]):
     """The faults to come, as a middleware of the platform's server; ``POST /faults`` adds one."""
+
+    chaos: Chaos | None = None
 
     async def add(self, request: web.Request) -> web.Response:
         self.append(Fault(**await request.json()))
@@ -63,7 +95,7 @@ class Faults(list[Fault]):
             if not fault.body or fault.body in await request.text():
                 self.use_up(fault)
                 return fault
-        return None
+        return self.chaos.for_request(request) if self.chaos else None
 
     def use_up(self, fault: Fault) -> None:
         fault.times -= 1
