@@ -10,6 +10,8 @@ import torch
 from src.output import Picture
 from src.pipeline import Model
 from src.request import ImageRequest, JobError, ModelLimits
+from src.settings import DEMO_MODEL_ID
+from src.vocabulary import vocabulary_warnings
 
 SCHEDULERS = {
     "PNDM": diffusers.PNDMScheduler,
@@ -77,9 +79,9 @@ class BatchRunner:
         """Gives back to the device what is cached and not in use."""
         torch.cuda.empty_cache()
 
-    def truncation_warnings(self, request: ImageRequest) -> list[str]:
-        """Quotes what lies beyond the text encoder's last token."""
-        warnings = []
+    def prompt_warnings(self, request: ImageRequest) -> list[str]:
+        """Quotes what lies beyond the text encoder's last token; says if the embedded model knows too few words."""
+        warnings = vocabulary_warnings(request.prompt) if self.model_name == DEMO_MODEL_ID else []
         for field_name in ("prompt", "negative_prompt"):
             text, most = getattr(request, field_name), self._pipe.tokenizer.model_max_length
             spans = self._pipe.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]

@@ -44,7 +44,7 @@ class Runner(Protocol):
 
     def release_memory(self) -> None: ...
 
-    def truncation_warnings(self, request: ImageRequest) -> list[str]: ...
+    def prompt_warnings(self, request: ImageRequest) -> list[str]: ...
 
 
 @dataclass(eq=False)
@@ -226,7 +226,7 @@ class Engine:
         pending.pictures[picture.seed] = picture
         if len(pending.pictures) == pending.request.num_images:
             pictures = [pending.pictures[seed] for seed in pending.request.seeds]
-            warnings = self._runner.truncation_warnings(pending.request) + _safety_warnings(pictures)
+            warnings = self._runner.prompt_warnings(pending.request) + _safety_warnings(pictures)
             pending.succeed(GenerationResult(pictures, warnings))
 
 

@@ -90,7 +90,7 @@ class RecordingRunner:
 
     def release_memory(self) -> None: ...
 
-    def truncation_warnings(self, request: ImageRequest) -> list[str]:
+    def prompt_warnings(self, request: ImageRequest) -> list[str]:
         return []
 
 

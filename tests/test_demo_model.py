@@ -13,6 +13,7 @@ from builder.demo_model import captions, evaluate, scenes, train
 from src.batch import SCHEDULERS
 from src.engine import Engine
 from src.request import ImageRequest
+from src.vocabulary import NOT_UNDERSTOOD, vocabulary_warnings
 from src.weights import DEMO_MODEL
 
 
@@ -43,6 +44,55 @@ def test_it_paints_the_colors_it_is_asked_for(demo_engine: Engine, prompt: str, 
 def test_every_scheduler_paints_the_same_thing(demo_engine: Engine, scheduler: str):
     (picture,) = paint(demo_engine, "a red circle on a blue background", scheduler=scheduler)
     assert evaluate.shape_colors(picture) == ("red", "blue")
+
+
+def test_the_file_of_its_words_holds_those_of_the_captions():
+    assert (DEMO_MODEL / "words.json").read_text(encoding="utf-8") == captions.words()
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "A double-black diamond mountain to ski on near Seattle.",
+        "a red circle on a blue background",
+        "two red hearts",
+        "the OCEAN at dusk, oil painting",
+        "a lighthouse at night",
+        "🎿 mountain",
+    ],
+)
+def test_a_prompt_that_it_knows_gets_no_warning(prompt: str):
+    assert vocabulary_warnings(prompt) == []
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "一座山",
+        "горы на закате",
+        "la mer au crépuscule",
+        "a cat",
+        "a photo of the Eiffel tower at night",
+        "oil painting",
+        "🎿",
+    ],
+)
+def test_a_prompt_that_it_does_not_know_gets_one(prompt: str):
+    assert vocabulary_warnings(prompt) == [NOT_UNDERSTOOD]
+
+
+def test_every_caption_without_filler_is_known_and_no_nonsense_is(monkeypatch: pytest.MonkeyPatch):
+    rng = Random(0)
+    assert all(map(vocabulary_warnings, (captions.nonsense(rng) for _ in range(200))))
+    monkeypatch.setattr(captions, "FILLER", ("",))
+    scene = (rng.choice([*scenes.LANDSCAPE_SCENES, *scenes.SHAPE_SCENES]) for _ in range(500))
+    assert not any(vocabulary_warnings(captions.caption(each, rng)) for each in scene)
+
+
+def test_the_warning_is_the_embedded_models_alone(demo_engine: Engine, v1_4_engine: Engine):
+    for engine, warned in ((demo_engine, [NOT_UNDERSTOOD]), (v1_4_engine, [])):
+        request = ImageRequest.parse({"prompt": "一座山", "num_inference_steps": 1}, engine.limits)
+        assert asyncio.run(engine.generate(request)).warnings == warned
 
 
 def test_it_knows_how_people_ask(demo_engine: Engine):

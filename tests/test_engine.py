@@ -60,7 +60,7 @@ def test_size_and_guidance_reach_the_pipeline(v1_4_engine: Engine):
 
 def test_what_lies_beyond_77_tokens_is_quoted(demo_engine: Engine):
     tokenizer = demo_engine._runner._pipe.tokenizer
-    fitting = " ".join(["cat"] * 80)
+    fitting = " ".join(["sea"] * 80)
     while len(tokenizer(fitting).input_ids) > 77:
         fitting = fitting[:-4]
     # a letter more for each token that is left, until not one more fits

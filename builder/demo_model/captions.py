@@ -4,6 +4,8 @@
 nothing to the model (places, "highly detailed", words at random) is mixed in, so that it learns to pass over it.
 """
 
+import json
+import re
 from random import Random
 
 from builder.demo_model.scenes import Scene
@@ -132,6 +134,26 @@ FILLER = (
     "castle", "bird", "horse", "flying", "riding", "book", "computer", "science", "style", "van", "gogh", "vintage",
     "food", "pizza", "children", "dance", "train", "bridge", "flower", "queen", "king", "magic", "abstract", "space",
 )  # fmt: skip
+
+
+SMALL_WORDS = (
+    "a", "an", "the", "and", "of", "to", "on", "in", "at", "by", "for", "with", "as", "is", "it", "that", "this",
+    "under", "during", "from", "into", "over", "its",
+)  # fmt: skip
+
+
+def words() -> str:
+    """In JSON, the words that name something which the model can draw, and those that it learned to pass over."""
+    phrases = [SHAPE_WORDS, COLOR_WORDS, TERRAIN_WORDS, TIME_WORDS, THING_WORDS]
+    templates = (*SHAPE_TEMPLATES, *ON_WHITE_TEMPLATES, *WITH_THING_TEMPLATES, *TERRAIN_TEMPLATES)
+    placeholder = re.compile(r"\{\w+\}")
+    ignored = _words_of(*OPENINGS, *ENDINGS, *(placeholder.sub("", each) for each in templates)) | set(SMALL_WORDS)
+    drawn = _words_of(*(way for ways in phrases for each in ways.values() for way in each)) - ignored
+    return json.dumps({"drawn": sorted(drawn), "ignored": sorted(ignored)}, indent=0) + "\n"
+
+
+def _words_of(*texts: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", " ".join(texts)))
 
 
 def caption(scene: Scene, rng: Random) -> str:

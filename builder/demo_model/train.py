@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from builder.demo_model.captions import caption, nonsense
+from builder.demo_model.captions import caption, nonsense, words
 from builder.demo_model.scenes import ATTRIBUTES, HELD_OUT, LANDSCAPE_SCENES, SHAPE_SCENES, SIZE, Scene, draw
 from builder.fetch_model import save
 
@@ -356,6 +356,7 @@ def train(build: Path, export: Path) -> None:
         requires_safety_checker=False,
     )
     save(pipeline.to(dtype=torch.float16), export)
+    (export / "words.json").write_text(words())
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ class FixedRunner:
     def release_memory(self) -> None:
         pass
 
-    def truncation_warnings(self, _: ImageRequest) -> list[str]:
+    def prompt_warnings(self, _: ImageRequest) -> list[str]:
         return []
 
 
