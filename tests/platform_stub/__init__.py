@@ -1,7 +1,7 @@
 """A stand-in for RunPod's platform on this machine: real workers in real processes, driven by real clients.
 
-``python -m tests.platform_stub --workers 1`` serves ``/v2/local/run``, ``/runsync``, ``/status/{id}``,
-``/cancel/{id}``, ``/retry/{id}`` and ``/health`` on port 8000, with the key ``local``, and starts workers on it.
+``python -m tests.platform_stub --workers 1`` serves ``/v2/local/run`` and the other routes on port 8000, with the
+key ``local``, and starts workers on it. Webhooks, policies, limits and retention are as RunPod's documents have them.
 It can be told to misbehave: see ``Fault``.
 """
 
