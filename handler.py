@@ -8,7 +8,7 @@ python handler.py --rp_serve_api   serves /run, /runsync and /status on localhos
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 - pip installs nothing for an older one
-    sys.exit("handler.py needs Python 3.11 or newer, this is Python %d.%d" % sys.version_info[:2])  # noqa: UP031
+    sys.exit(f"handler.py needs Python 3.11 or newer, this is Python {sys.version_info[0]}.{sys.version_info[1]}")
 
 import os
 import signal

@@ -8,16 +8,17 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from src.settings import StartError
 
-Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+if TYPE_CHECKING:
+    from src.platform import Handler
 
 
 def check_job(job: Any = None) -> None:
@@ -80,7 +81,7 @@ async def progress_bar(job_id: str, report: Callable[[], dict[str, Any]]) -> Asy
             drawing.cancel()
 
 
-def run_job(handle: Handler, *, quiet: bool) -> None:
+def run_job(handle: "Handler", *, quiet: bool) -> None:
     """Hands ``handle`` to the SDK, which runs the job and exits with code 1 if it failed; then says what was made.
 
     Args:
@@ -99,7 +100,7 @@ def run_job(handle: Handler, *, quiet: bool) -> None:
             print(line)
 
 
-def keep_pictures(handle: Handler, lines: list[str]) -> Handler:
+def keep_pictures(handle: "Handler", lines: list[str]) -> "Handler":
     """``handle``, which also saves each picture in the working directory and adds what to say of it to ``lines``."""
 
     async def handle_and_keep(job: dict[str, Any]) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def job_output(
         request: what was asked.
         pictures: what was painted, in the order of the seeds.
         warnings: what the client should know; left out of the output when empty.
-        model_name: the model's name.
+        model_name: what clients know the model by.
         max_result_bytes: the largest result that the platform takes, in bytes.
         upload: stores a file under a name, with its media type, and gives a link to it; without it the output holds the
             pictures.

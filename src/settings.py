@@ -42,22 +42,27 @@ class Settings(BaseModel):
     acceleration: Literal["off", "graphs"] = Field(
         "off", description="`off` or `graphs`: the UNet by CUDA graphs, which need more memory"
     )
-    safety_checker: bool = Field(True, description="`true` or `false`: the model's safety checker")
-    max_concurrency: int = Field(
-        2, ge=1, le=100, description="Jobs the worker holds at once: one on the device, the rest ready"
+    safety_checker: bool = Field(
+        True, description="`true` or `false`; with `false` no picture is checked, and none is blanked"
     )
-    max_batch_images: int = Field(4, ge=1, le=64, description="Images in one shared call")
+    max_concurrency: int = Field(
+        2,
+        ge=1,
+        le=100,
+        description="1 to 100: jobs that the worker holds at once, one batch on the device and the rest ready",
+    )
+    max_batch_images: int = Field(4, ge=1, le=64, description="1 to 64: images of one batch, of one job or several")
     max_result_bytes: int = Field(
         10_000_000,
         ge=1_000,
         le=20_000_000,  # the platform's limit for /runsync
-        description="Largest result in bytes; the default is the platform's limit for `/run`",
+        description="1,000 to 20,000,000: largest result in bytes; the default is the platform's limit for `/run`",
     )
     bucket_endpoint_url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = Field(
         None, description="S3-compatible storage for pictures; with it, results hold links. Needs the next three, too"
     )
-    bucket_access_key_id: SecretStr | None = Field(None, description="Its access key")
-    bucket_secret_access_key: SecretStr | None = Field(None, description="Its secret key")
+    bucket_access_key_id: SecretStr | None = Field(None, description="Access key ID of the bucket's storage")
+    bucket_secret_access_key: SecretStr | None = Field(None, description="Secret access key of the bucket's storage")
     bucket_name: str | None = Field(None, description="The bucket's name")
     bucket_region: str | None = Field(
         None, description="The region that requests are signed for. Default: the one in the address, else `us-east-1`"
@@ -65,8 +70,8 @@ class Settings(BaseModel):
 
     @field_validator("model_id")
     @classmethod
-    def _embedded_model(cls, value: str) -> str:
-        return DEMO_MODEL_ID if value.lower() == DEMO_MODEL_ID else value
+    def _embedded_model(cls, value: str | None) -> str | None:
+        return DEMO_MODEL_ID if value and value.lower() == DEMO_MODEL_ID else value
 
     @model_validator(mode="after")
     def _whole_bucket(self) -> Self:

@@ -69,6 +69,9 @@ def test_the_settings_table():
         if field.default is not None:
             assert default == f"`{field.default}`".lower()
         assert meaning.lower() in field.description.lower()
+        if isinstance(field.default, int) and not isinstance(field.default, bool):
+            least, most = field.metadata
+            assert meaning.startswith(f"{least.ge:,} to {most.le:,}: ")
     assert f"`{DEFAULT_MODEL_ID}`" in rows["MODEL_ID"][0]
 
 
