@@ -85,6 +85,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if OF_A_PROCESS & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.process)
+    # two at a time, the files that take longest must not be last
+    items.sort(key=lambda item: item.path.stem not in ("test_examples", "test_platform"))
 
 
 @pytest.fixture(autouse=True)

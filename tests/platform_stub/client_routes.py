@@ -49,8 +49,9 @@ class ClientRoutes:
         return web.json_response({"status": job.status, "stream": told})
 
     async def cancel(self, request: web.Request) -> web.Response:
-        self.platform.end(find_job(self.platform, request), "CANCELLED")
-        return web.json_response({"id": request.match_info["job"], "status": find_job(self.platform, request).status})
+        job = find_job(self.platform, request)
+        self.platform.end(job, "CANCELLED")
+        return web.json_response({"id": job.id, "status": job.status})
 
     async def retry(self, request: web.Request) -> web.Response:
         job = find_job(self.platform, request)

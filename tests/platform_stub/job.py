@@ -75,4 +75,4 @@ class Job:
 
     def notification(self) -> dict[str, Any]:
         """What its webhook gets: the whole job."""
-        return self.public() | self.request.model_dump(mode="json", include={"input", "webhook"})
+        return self.public() | {"input": self.request.input, "webhook": self.request.webhook}
