@@ -1,11 +1,14 @@
 """One batch through the pipeline: from what images are asked for to pictures."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
+from PIL import Image
 
 from src.output import Picture
 from src.pipeline import Model
@@ -14,15 +17,26 @@ from src.settings import DEMO_MODEL_ID
 from src.vocabulary import vocabulary_warnings
 
 SCHEDULERS = {
-    "PNDM": diffusers.PNDMScheduler,
-    "DDIM": diffusers.DDIMScheduler,
-    "KLMS": diffusers.LMSDiscreteScheduler,
-    "K_EULER": diffusers.EulerDiscreteScheduler,
-    "K_EULER_ANCESTRAL": diffusers.EulerAncestralDiscreteScheduler,
-    "DPMSolverMultistep": diffusers.DPMSolverMultistepScheduler,
-    "DPMSolverSinglestep": diffusers.DPMSolverSinglestepScheduler,
-    "UniPCMultistep": diffusers.UniPCMultistepScheduler,
+    "PNDM": "PNDMScheduler",
+    "DDIM": "DDIMScheduler",
+    "KLMS": "LMSDiscreteScheduler",
+    "K_EULER": "EulerDiscreteScheduler",
+    "K_EULER_ANCESTRAL": "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistep": "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestep": "DPMSolverSinglestepScheduler",
+    "UniPCMultistep": "UniPCMultistepScheduler",
 }
+"""diffusers' classes, by name: each is imported when it is first asked for, and most of them import SciPy."""
+
+SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {
+    # without the Runge-Kutta steps at the start, which double the first three and fail below four
+    "PNDM": {"skip_prk_steps": True, "steps_offset": 1},
+    # the final step ends at the first training step's noise; clipping to -1 and 1 is for pixels, latents go beyond
+    "DDIM": {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False},
+    "DPMSolverSinglestep": {"lower_order_final": True},
+}
+"""What Stable Diffusion needs of a scheduler that is not the model's own, by the documentation of diffusers' schedulers
+and its conversion of Stable Diffusion's checkpoints."""
 
 PRODUCED_NAN = "the model produced NaN instead of a picture: try another seed, scheduler or a lower guidance_scale"
 
@@ -31,14 +45,19 @@ class BatchRunner:
     """Runs batches of images through a model's pipeline, one at a time."""
 
     def __init__(self, model: Model) -> None:
+        self._model = model
         self._pipe = model.pipe
-        # DDIM's default clips to -1 and 1, which is for pixels: latents go beyond
-        self._scheduler_config = {**model.pipe.scheduler.config, "clip_sample": False}
-        kind = type(model.pipe.scheduler)
-        own = next((name for name, scheduler in SCHEDULERS.items() if scheduler is kind), kind.__name__)
-        self._own_scheduler = (own, kind)
+        self._inference_mode = torch.inference_mode()
+        kind = type(model.pipe.scheduler).__name__
+        self._own_scheduler = next((name for name, each in SCHEDULERS.items() if each == kind), kind)
         self.model_name = model.name
-        self.limits = ModelLimits(native_size=model.native_size, max_size=2 * model.native_size, scheduler=own)
+        self.limits = ModelLimits(
+            native_size=model.native_size, max_size=2 * model.native_size, scheduler=self._own_scheduler
+        )
+
+    def prepare_thread(self) -> None:
+        """Puts the thread that will run the batches into PyTorch's inference mode, which is a thread's own."""
+        self._inference_mode.__enter__()
 
     def run(
         self, requests: Sequence[ImageRequest], seeds: Sequence[int], after_step: Callable[[float], None]
@@ -46,7 +65,7 @@ class BatchRunner:
         """Generates an image for each request and seed, in one call of the pipeline.
 
         Args:
-            requests: one for each image; all of them may share a batch.
+            requests: one for each image, all with the same ``batch_key``.
             seeds: one for each image, drawn from on the CPU, so that a seed means the same image on every device.
             after_step: called after each denoising step with the share of the steps that are done, from 0 to 1. What
                 it raises ends the call.
@@ -54,29 +73,36 @@ class BatchRunner:
         Returns:
             For each image the picture, or why there is none.
         """
-        shared = requests[0]
-        name, kind = self._own_scheduler
-        scheduler = kind if shared.scheduler == name else SCHEDULERS[shared.scheduler]
-        self._pipe.scheduler = scheduler.from_config(self._scheduler_config)
-        generated = self._pipe(
-            prompt=[request.prompt for request in requests],
-            negative_prompt=[request.negative_prompt for request in requests],
-            width=shared.width,
-            height=shared.height,
-            num_inference_steps=shared.num_inference_steps,
-            guidance_scale=shared.guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="pt",
-            callback_on_step_end=partial(_report_step, after_step),
-        )
+        shared, own = requests[0], self._pipe.scheduler
+        self._pipe.scheduler = self._new_scheduler(shared.scheduler)
+        try:
+            generated = self._pipe(
+                prompt=[request.prompt for request in requests],
+                negative_prompt=[request.negative_prompt for request in requests],
+                width=shared.width,
+                height=shared.height,
+                num_inference_steps=shared.num_inference_steps,
+                guidance_scale=shared.guidance_scale,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="pt",
+                callback_on_step_end=partial(_report_step, after_step),
+                # naming any would make its frame keep all tensors of a step
+                callback_on_step_end_tensor_inputs=[],
+            )
+        finally:
+            # a scheduler keeps the latest steps' tensors
+            self._pipe.scheduler = own
+        pixels, finite = _to_host(generated.images)
         blanked = generated.nsfw_content_detected or [None] * len(seeds)
         return [
-            self._picture(pixels, seed, nsfw)
-            for pixels, seed, nsfw in zip(generated.images, seeds, blanked, strict=True)
+            Picture(Image.fromarray(image), seed, nsfw) if is_finite else JobError(PRODUCED_NAN)
+            for image, is_finite, seed, nsfw in zip(pixels, finite, seeds, blanked, strict=True)
         ]
 
     def release_memory(self) -> None:
-        """Gives back to the device what is cached and not in use."""
+        """Gives back to the device what is kept for later batches: CUDA graphs, and the allocator's cache."""
+        if self._model.graphs:
+            self._model.graphs.clear()
         torch.cuda.empty_cache()
 
     def prompt_warnings(self, request: ImageRequest) -> list[str]:
@@ -91,11 +117,18 @@ class BatchRunner:
                 warnings.append(f'{field_name}: longer than {most} tokens, this part was not used: "{rest}"')
         return warnings
 
-    def _picture(self, pixels: torch.Tensor, seed: int, nsfw: bool | None) -> Picture | JobError:
-        if not pixels.isfinite().all():
-            return JobError(PRODUCED_NAN)
-        (image,) = self._pipe.image_processor.postprocess(pixels[None], do_denormalize=[False])
-        return Picture(image, seed, nsfw)
+    def _new_scheduler(self, name: str) -> Any:
+        """A scheduler without state, made from the configuration of the model's own."""
+        own = self._pipe.scheduler
+        if name == self._own_scheduler:
+            return type(own).from_config(own.config)
+        # what only repeats the default of the model's own kind, as files of newer diffusers do, is no choice of the
+        # model: another kind has defaults of its own, such as the timesteps' spacing
+        defaults = inspect.signature(type(own)).parameters
+        config = {
+            key: value for key, value in own.config.items() if key not in defaults or value != defaults[key].default
+        }
+        return getattr(diffusers, SCHEDULERS[name]).from_config(config, **SCHEDULER_OPTIONS.get(name, {}))
 
 
 def _report_step(
@@ -104,3 +137,20 @@ def _report_step(
     """diffusers' ``callback_on_step_end``."""
     after_step((step + 1) / pipe.num_timesteps)
     return kwargs
+
+
+def _to_host(images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Brings a batch to the host in one copy, and so with one wait for the device.
+
+    Args:
+        images: (images, 3, height, width) of numbers from 0 to 1, or NaN.
+
+    Returns:
+        Pixels, uint8 (images, height, width, 3), and whether all numbers of an image are finite, bool (images,).
+    """
+    count, channels, height, width = images.shape
+    finite = images.isfinite().flatten(1).all(1, keepdim=True)
+    # rounded as diffusers does
+    pixels = (images.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    packed = torch.cat([pixels.flatten(1), finite.to(torch.uint8)], dim=1).cpu().numpy()
+    return packed[:, :-1].reshape(count, height, width, channels), packed[:, -1].astype(bool)

@@ -1,6 +1,7 @@
 """The one thread that owns the device: queue -> batches -> pictures."""
 
 import asyncio
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ class Runner(Protocol):
 
     model_name: str
     limits: ModelLimits
+
+    def prepare_thread(self) -> None: ...
 
     def run(
         self, requests: Sequence[ImageRequest], seeds: Sequence[int], after_step: Callable[[float], None]
@@ -79,18 +82,6 @@ class _Image:
     def request(self) -> ImageRequest:
         return self.pending.request
 
-    @property
-    def batch_key(self) -> tuple[int, int, int, float, str]:
-        """Images with the same key can share a batch."""
-        request = self.request
-        return (
-            request.width,
-            request.height,
-            request.num_inference_steps,
-            request.guidance_scale,
-            request.scheduler,
-        )
-
 
 class _AllCancelled(Exception):
     """Nobody waits for the pictures of the running batch any more."""
@@ -100,7 +91,8 @@ class Engine:
     """Generates what requests ask for on a thread of its own: schedulers keep state and CUDA wants one caller.
 
     When the device falls free, the oldest waiting image is generated, and in the same batch every other waiting image
-    of the same size, steps, guidance scale and scheduler, oldest first, up to ``max_batch_images``.
+    with the same ``batch_key``, oldest first, up to ``max_batch_images``. Batches of a size that ran out of memory stay
+    smaller from then on.
     """
 
     def __init__(self, model: "Model | None", max_batch_images: int, runner: Runner | None = None) -> None:
@@ -112,10 +104,12 @@ class Engine:
             runner = BatchRunner(model)
         self._runner = runner
         self._max_batch_images = max_batch_images
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine", initializer=runner.prepare_thread)
         self._waiting: list[_Image] = []
         self._lock = threading.Lock()
-        self._device_failed = False
+        self._most_images: dict[tuple[int, int], int] = {}
+        """By width and height, the most images of a batch since one ran out of memory."""
+        self._device_error: Exception | None = None
         self.model_name = runner.model_name
         self.limits = runner.limits
 
@@ -158,50 +152,62 @@ class Engine:
     def _next_batch(self) -> list[_Image]:
         with self._lock:
             waiting = [image for image in self._waiting if not image.pending.result.done()]
-            same = [image for image in waiting if image.batch_key == waiting[0].batch_key]
-            batch = same[: self._max_batch_images]
+            same = [image for image in waiting if image.request.batch_key == waiting[0].request.batch_key]
+            batch = same[: self._most_images_of(same[0].request)] if same else []
             self._waiting = [image for image in waiting if image not in batch]
         return batch
 
+    def _most_images_of(self, request: ImageRequest) -> int:
+        return min(self._max_batch_images, self._most_images.get((request.width, request.height), sys.maxsize))
+
     def _run_with_fallback(self, batch: list[_Image]) -> None:
         """Runs ``batch``; where that fails, its parts, so that only what fails alone fails."""
-        try:
-            self._run_batch([image for image in batch if not image.pending.result.done()])
+        batch = [image for image in batch if not image.pending.result.done()]
+        if self._device_error:
+            for image in batch:
+                image.pending.fail(faults.device_fault(self._device_error))
             return
+        if not batch:
+            return
+        if len(batch) > self._most_images_of(batch[0].request):
+            return self._run_parts(_halves(batch))
+        try:
+            return self._run_batch(batch)
         except _AllCancelled:
             return
         except Exception as error:
-            failure, parts = self._after_failure(batch, error)
-        if len(parts) == 1:
-            batch[0].pending.fail(failure)
-            return
-        # with its traceback it holds the failed batch's tensors
-        del failure
-        if not self._device_failed:
-            self._runner.release_memory()
+            failure = error
+        # out here nothing but the traceback holds the failed call's tensors
+        faults.release_frames(failure)
+        self._run_parts(self._parts_after(failure, batch))
+
+    def _run_parts(self, parts: list[list[_Image]]) -> None:
         for part in parts:
             self._run_with_fallback(part)
 
-    def _after_failure(self, batch: list[_Image], error: Exception) -> tuple[Exception, list[list[_Image]]]:
-        """What to tell the client if ``batch`` cannot be divided further, and the parts that it divides into."""
+    def _parts_after(self, error: Exception, batch: list[_Image]) -> list[list[_Image]]:
+        """The parts of ``batch`` to try after ``error``; fails what is not to be tried again."""
         if faults.is_out_of_memory(error):
-            # the traceback would keep the failed batch's tensors
-            failure = faults.does_not_fit(batch[0].request, self.limits, error.with_traceback(None))
-            middle = len(batch) // 2
-            return failure, [part for part in (batch[:middle], batch[middle:]) if part]
-        all_pending = dict.fromkeys(image.pending for image in batch)
-        parts = [[image for image in batch if image.pending is pending] for pending in all_pending]
-        if not self._device_failed and faults.is_device_lost(error):
-            self._device_failed = True
-            return faults.device_fault(error), parts
-        return error, parts
+            self._runner.release_memory()
+            request, images = batch[0].request, len(batch)
+            if images == 1:
+                batch[0].pending.fail(faults.does_not_fit(request, self.limits, error))
+                return []
+            self._most_images[request.width, request.height] = images - 1
+            return _halves(batch)
+        if faults.is_device_lost(error):
+            self._device_error = error
+            return [batch]
+        by_request: dict[_PendingRequest, list[_Image]] = {}
+        for image in batch:
+            by_request.setdefault(image.pending, []).append(image)
+        if len(by_request) == 1:
+            batch[0].pending.fail(error)
+            return []
+        return list(by_request.values())
 
     def _run_batch(self, batch: list[_Image]) -> None:
         """Runs ``batch`` in one call of the pipeline and hands each picture to its request."""
-        if self._device_failed:
-            raise faults.device_fault()
-        if not batch:
-            raise _AllCancelled
         pictures = self._runner.run(
             [image.request for image in batch],
             [image.seed for image in batch],
@@ -228,6 +234,11 @@ class Engine:
             pictures = [pending.pictures[seed] for seed in pending.request.seeds]
             warnings = self._runner.prompt_warnings(pending.request) + _safety_warnings(pictures)
             pending.succeed(GenerationResult(pictures, warnings))
+
+
+def _halves(batch: list[_Image]) -> list[list[_Image]]:
+    middle = len(batch) // 2
+    return [batch[:middle], batch[middle:]]
 
 
 def _safety_warnings(pictures: list[Picture]) -> list[str]:

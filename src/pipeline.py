@@ -26,6 +26,8 @@ class Model:
 
     name: str
     pipe: StableDiffusionPipeline
+    graphs: GraphedStep | None = None
+    """The UNet's CUDA graphs, where they are used."""
 
     @property
     def native_size(self) -> int:
@@ -73,16 +75,16 @@ def load(settings: Settings, dtype: torch.dtype | None = None) -> Model:
     pipe.vae.enable_slicing()
     if settings.attention_slicing != "off":
         enable_attention_slicing(pipe, settings.attention_slicing)
-    graphs = settings.acceleration == "graphs" and pipe.device.type == "cuda"
-    if graphs:
-        enable_cuda_graphs(pipe, sliced=settings.attention_slicing != "off")
+    graphs = None
+    if settings.acceleration == "graphs" and pipe.device.type == "cuda":
+        graphs = enable_cuda_graphs(pipe, sliced=settings.attention_slicing != "off")
     log.info(
         f"weights: on {torch.cuda.get_device_name() if pipe.device.type == 'cuda' else 'the CPU'} "
         f"in {str(dtype).removeprefix('torch.')}, attention slicing {settings.attention_slicing}, "
         f"CUDA graphs {'on' if graphs else 'off'}, "
         f"safety checker {'on' if pipe.safety_checker else 'off'}, {time.monotonic() - found:.1f} s"
     )
-    return Model(repository.name, pipe)
+    return Model(repository.name, pipe, graphs)
 
 
 def quieten_libraries() -> None:
@@ -95,14 +97,16 @@ def quieten_libraries() -> None:
     logging.getLogger().setLevel(logging.WARNING)
 
 
-def enable_cuda_graphs(pipe: StableDiffusionPipeline, *, sliced: bool) -> None:
+def enable_cuda_graphs(pipe: StableDiffusionPipeline, *, sliced: bool) -> GraphedStep:
     """Lays the weights out as tensor cores like them, and lets the UNet be computed by CUDA graphs."""
     for model in (pipe.unet, pipe.vae):
         model.to(memory_format=torch.channels_last)
     if not sliced:
         # slices are made of the projections one by one
         pipe.fuse_qkv_projections()
-    pipe.unet.forward = GraphedStep(pipe.unet.forward, Capture())
+    graphs = GraphedStep(pipe.unet.forward, Capture())
+    pipe.unet.forward = graphs
+    return graphs
 
 
 def memory_in_use() -> str:

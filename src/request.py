@@ -5,6 +5,7 @@ import math
 import re
 import secrets
 from dataclasses import dataclass
+from enum import Enum
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -125,26 +126,37 @@ Size = Annotated[Integer, Field(ge=MIN_SIZE, multiple_of=8)]
 Text = Annotated[StrictStr, AfterValidator(_plain_text)]
 
 
+class FieldScope(Enum):
+    """Marks a field in which the images of one batch may differ."""
+
+    IMAGE = "image"
+    """One image's own: the pipeline takes a value for each image."""
+    OUTPUT = "output"
+    """Of no concern to the pipeline."""
+
+
 class ImageRequest(BaseModel):
     """One job's input, complete and within bounds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prompt: Annotated[Text, Field(description="What to paint")]
-    negative_prompt: Annotated[Text, Field(description="What to keep out of the picture")] = ""
+    prompt: Annotated[Text, FieldScope.IMAGE, Field(description="What to paint")]
+    negative_prompt: Annotated[Text, FieldScope.IMAGE, Field(description="What to keep out of the picture")] = ""
     width: Annotated[Size, Field(description="Width in pixels")]
     height: Annotated[Size, Field(description="Height in pixels")]
     num_inference_steps: Annotated[Integer, Field(ge=1, le=MAX_STEPS, description="Denoising steps")] = 50
     guidance_scale: Annotated[Number, Field(ge=0, le=MAX_GUIDANCE, description="How closely to follow the prompt")] = (
         7.5
     )
-    seed: Annotated[Integer, Field(ge=0, le=MAX_SEED, description="Seed of the first image; image i uses seed + i")] = (
-        Field(default_factory=lambda: secrets.randbits(32))
-    )
-    num_images: Annotated[Integer, Field(ge=1, le=MAX_IMAGES, description="Number of images")] = 1
-    output_format: Annotated[OutputFormat, Field(description="The picture's file format")] = "png"
+    seed: Annotated[
+        Integer,
+        FieldScope.IMAGE,
+        Field(ge=0, le=MAX_SEED, description="Seed of the first image; image i uses seed + i"),
+    ] = Field(default_factory=lambda: secrets.randbits(32))
+    num_images: Annotated[Integer, FieldScope.IMAGE, Field(ge=1, le=MAX_IMAGES, description="Number of images")] = 1
+    output_format: Annotated[OutputFormat, FieldScope.OUTPUT, Field(description="The picture's file format")] = "png"
     output_quality: Annotated[
-        Integer, Field(ge=1, le=100, description="Quality of `jpeg` and `webp`; `png` loses nothing")
+        Integer, FieldScope.OUTPUT, Field(ge=1, le=100, description="Quality of `jpeg` and `webp`; `png` loses nothing")
     ] = 90
     scheduler: Annotated[str, Field(description="Sampler")]
 
@@ -222,6 +234,15 @@ class ImageRequest(BaseModel):
                 {"most": most, "num_images": self.num_images, "seed": self.seed},
             )
         return self
+
+    @property
+    def batch_key(self) -> tuple[object, ...]:
+        """Images of requests with the same key may share a batch: the pipeline takes one value of each for all."""
+        return tuple(
+            getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if not any(isinstance(each, FieldScope) for each in field.metadata)
+        )
 
     @property
     def seeds(self) -> list[int]:

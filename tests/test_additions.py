@@ -1,12 +1,9 @@
 """What a new field, scheduler, setting or output format must reach, beyond its own tests and the README's tables."""
 
-import asyncio
 import base64
 import json
 import re
 import subprocess
-import threading
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
@@ -19,10 +16,9 @@ from PIL import Image
 from builder.schemas import V1_4
 from examples import generate
 from src.batch import SCHEDULERS, BatchRunner
-from src.engine import Engine
 from src.output import OneImage, encode, parameters
 from src.pipeline import Model
-from src.request import ImageRequest, JobError, ModelLimits, OutputFormat
+from src.request import ImageRequest, OutputFormat
 from src.settings import Settings
 from tests.client import until
 from tests.platform_stub import serving
@@ -43,8 +39,6 @@ VALUES = {
     "scheduler": ("DDIM", "KLMS"),
 }
 """Two values for each field."""
-OF_AN_IMAGE = {"prompt", "negative_prompt", "seed", "num_images", "output_format", "output_quality"}
-"""The fields in which requests of one batch may differ."""
 NOT_IN_A_PICTURE = {"num_images", "output_format", "output_quality"}
 """The fields without which a picture can be made again."""
 OPTIONS = {
@@ -69,44 +63,6 @@ def two_requests(field: str) -> tuple[ImageRequest, ImageRequest]:
 def test_each_field_has_its_values():
     assert list(VALUES) == list(ImageRequest.model_fields)
     assert set(LIKELY) == set(VALUES)
-
-
-class RecordingRunner:
-    """Keeps the batches that it is given, and the first of them for as long as ``go`` is not set."""
-
-    model_name = "none"
-    limits: ModelLimits = V1_4
-
-    def __init__(self) -> None:
-        self.batches: list[list[ImageRequest]] = []
-        self.go = threading.Event()
-
-    def run(
-        self, requests: Sequence[ImageRequest], seeds: Sequence[int], after_step: Callable[[float], None]
-    ) -> list[Any]:
-        self.batches.append(list(requests))
-        assert self.go.wait(10)
-        return [JobError("no picture") for _ in requests]
-
-    def release_memory(self) -> None: ...
-
-    def prompt_warnings(self, request: ImageRequest) -> list[str]:
-        return []
-
-
-@pytest.mark.parametrize("field", VALUES)
-def test_requests_share_a_batch_only_where_they_may_differ(field: str):
-    async def batches() -> list[list[ImageRequest]]:
-        runner = RecordingRunner()
-        engine = Engine(None, max_batch_images=8, runner=runner)
-        earlier = ImageRequest.parse({"prompt": "keeps the device busy"}, V1_4)
-        waiting = [asyncio.create_task(engine.generate(request)) for request in (earlier, *two_requests(field))]
-        await asyncio.sleep(0)
-        runner.go.set()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        return runner.batches
-
-    assert len(asyncio.run(batches())) == (2 if field in OF_AN_IMAGE else 3)
 
 
 class RecordingPipeline:
@@ -187,6 +143,8 @@ def test_postman_knows_how_every_formats_files_begin():
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_picture_takes_as_long_as_its_steps(name: str):
     """The README's costs and the share that /status shows count on one call of the UNet a step."""
-    scheduler = SCHEDULERS[name].from_config(diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1).config)
+    scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(
+        diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1).config
+    )
     scheduler.set_timesteps(50)
     assert len(scheduler.timesteps) in (50, 51)

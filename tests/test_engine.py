@@ -1,131 +1,323 @@
+"""The queue, its batches, cancelling and failures, around a runner that stands in for the pipeline."""
+
 import asyncio
 import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
-from PIL import Image, ImageChops
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
-from src import pipeline
-from src.batch import SCHEDULERS
-from src.engine import Engine, GenerationResult
-from src.request import ImageRequest, JobError
-from src.settings import Settings
+from src.engine import Engine, GenerationResult, Progress
+from src.output import Picture
+from src.request import ImageRequest, JobError, ModelLimits
 
-
-def request(engine: Engine, **job_input: object) -> ImageRequest:
-    return ImageRequest.parse({"prompt": "a cat", "num_inference_steps": 2, "seed": 3} | job_input, engine.limits)
-
-
-def generate(engine: Engine, **job_input: object) -> GenerationResult:
-    return asyncio.run(engine.generate(request(engine, **job_input)))
+LIMITS = ModelLimits(native_size=64, max_size=128, scheduler="PNDM")
+IMAGE = Image.new("RGB", (64, 64))
+LOST = "the GPU failed and this worker is being replaced: send the job again"
 
 
-def furthest(a: Image.Image, b: Image.Image) -> int:
-    """The largest difference between two pictures, in levels of 255."""
-    return max(high for _, high in ImageChops.difference(a, b).getextrema())
+def request(**job_input: Any) -> ImageRequest:
+    return ImageRequest.parse({"prompt": "a cat", "seed": 3} | job_input, LIMITS)
 
 
-def test_the_same_request_paints_the_same_bytes_and_another_seed_another_picture(v1_4_engine: Engine):
-    first, again, other = (generate(v1_4_engine, seed=seed).pictures[0] for seed in (3, 3, 4))
-    assert first.image.tobytes() == again.image.tobytes()
-    assert furthest(first.image, other.image) > 2
-    assert (first.image.size, first.image.mode) == ((64, 64), "RGB")
+class StandIn:
+    """A runner whose images are grey; ``first`` is called with each batch's requests before, and may fail."""
+
+    model_name = "stand-in"
+    limits = LIMITS
+
+    def __init__(self, first: Callable[[Sequence[ImageRequest]], None] = lambda requests: None) -> None:
+        self.first = first
+        self.batches: list[list[str]] = []
+        """The prompts of each batch."""
+        self.steps: list[int] = []
+        """For each step, the images in it."""
+        self.released = 0
+
+    def prepare_thread(self) -> None:
+        self.thread = threading.current_thread()
+
+    def run(
+        self, requests: Sequence[ImageRequest], seeds: Sequence[int], after_step: Callable[[float], None]
+    ) -> list[Picture | JobError]:
+        assert len({each.batch_key for each in requests}) == 1
+        assert threading.current_thread() is self.thread
+        self.batches.append([each.prompt for each in requests])
+        self.first(requests)
+        steps = requests[0].num_inference_steps
+        for step in range(steps):
+            self.steps.append(len(requests))
+            after_step((step + 1) / steps)
+        return [
+            JobError("not finite") if each.prompt == "nan" else Picture(IMAGE, seed, nsfw=None)
+            for each, seed in zip(requests, seeds, strict=True)
+        ]
+
+    def release_memory(self) -> None:
+        self.released += 1
+
+    def prompt_warnings(self, each: ImageRequest) -> list[str]:
+        return [f"{each.prompt} was cut"] if "long" in each.prompt else []
 
 
-def test_image_i_is_what_seed_plus_i_paints_alone(demo_engine: Engine):
-    together = generate(demo_engine, prompt="a forest", seed=10, num_images=3, num_inference_steps=8).pictures
-    assert [picture.seed for picture in together] == [10, 11, 12]
-    for picture in together:
-        alone = generate(demo_engine, prompt="a forest", seed=picture.seed, num_inference_steps=8).pictures[0]
-        assert furthest(picture.image, alone.image) <= 2
+def fail_with(error: Exception, *, when: Callable[[Sequence[ImageRequest]], bool]) -> StandIn:
+    def first(requests: Sequence[ImageRequest]) -> None:
+        if when(requests):
+            raise error
+
+    return StandIn(first)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 150])
-def test_every_scheduler_paints_at_every_number_of_steps(v1_4_engine: Engine, scheduler: str, steps: int):
-    painted = generate(v1_4_engine, scheduler=scheduler, num_inference_steps=steps, num_images=1 + (steps < 150))
-    assert painted.pictures[0].image.size == (64, 64)
+def generate_together(engine: Engine, *requests: ImageRequest) -> list[Any]:
+    """What becomes of requests that all wait while the device is busy."""
+    device_is_free = threading.Event()
+
+    async def wait() -> list[GenerationResult | BaseException]:
+        engine._thread.submit(device_is_free.wait)
+        answers = [asyncio.create_task(engine.generate(each)) for each in requests]
+        await asyncio.sleep(0)
+        device_is_free.set()
+        return await asyncio.wait_for(asyncio.gather(*answers, return_exceptions=True), 120)
+
+    return asyncio.run(wait())
 
 
-def test_a_scheduler_leaves_nothing_behind(v1_4_engine: Engine):
-    before = generate(v1_4_engine, num_inference_steps=5)
-    for scheduler in SCHEDULERS:
-        generate(v1_4_engine, scheduler=scheduler, num_inference_steps=3)
-    assert generate(v1_4_engine, num_inference_steps=5).pictures == before.pictures
+def seeds(result: GenerationResult) -> list[int]:
+    return [picture.seed for picture in result.pictures]
 
 
-def test_size_and_guidance_reach_the_pipeline(v1_4_engine: Engine):
-    assert generate(v1_4_engine, width=72, height=128).pictures[0].image.size == (72, 128)
-    assert generate(v1_4_engine, guidance_scale=0).pictures != generate(v1_4_engine, guidance_scale=30).pictures
-
-
-def test_what_lies_beyond_77_tokens_is_quoted(demo_engine: Engine):
-    tokenizer = demo_engine._runner._pipe.tokenizer
-    fitting = " ".join(["sea"] * 80)
-    while len(tokenizer(fitting).input_ids) > 77:
-        fitting = fitting[:-4]
-    # a letter more for each token that is left, until not one more fits
-    fitting += " 7" * (77 - len(tokenizer(fitting).input_ids))
-    assert len(tokenizer(fitting).input_ids) == 77
-    assert generate(demo_engine, prompt=fitting).warnings == []
-    rest = "Seven 🎿 more\n wörds, 山."
-    (warning,) = generate(demo_engine, prompt=f"{fitting} {rest}").warnings
-    assert warning == f'prompt: longer than 77 tokens, this part was not used: "{rest}"'
-    both = generate(demo_engine, prompt=f"{fitting} {rest}", negative_prompt=f"{fitting} blur").warnings
-    assert both[1] == 'negative_prompt: longer than 77 tokens, this part was not used: "blur"'
-
-
-def test_a_blanked_picture_is_black_and_said_to_be(repository):
-    engine = Engine(pipeline.load(Settings(model_id=str(repository))), max_batch_images=4)
-    # cosines start at -1: every picture is over this threshold
-    engine._runner._pipe.safety_checker.concept_embeds_weights.data.fill_(-2.0)
-    painted = generate(engine, num_images=2)
-    assert [picture.nsfw for picture in painted.pictures] == [True, True]
-    assert {picture.image.getextrema() for picture in painted.pictures} == {((0, 0),) * 3}
-    assert painted.warnings == [
-        "image 1 of 2 (seed 3) was blanked by the safety checker",
-        "image 2 of 2 (seed 4) was blanked by the safety checker",
-    ]
-    engine._runner._pipe.safety_checker.concept_embeds_weights.data.fill_(2.0)
-    assert generate(engine).pictures[0].nsfw is False
-
-
-def test_a_model_without_a_checker_says_nothing_of_nsfw(demo_engine: Engine):
-    assert generate(demo_engine).pictures[0].nsfw is None
-
-
-def test_nan_is_told_and_not_painted_black(v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch):
-    decode = v1_4_engine._runner._pipe.vae.decode
-    monkeypatch.setattr(
-        v1_4_engine._runner._pipe.vae, "decode", lambda *args, **kwargs: (decode(*args, **kwargs)[0] * float("nan"),)
+def test_what_can_share_a_batch_does_oldest_first():
+    runner = StandIn()
+    steps = {"a": 2, "b": 3}
+    order = ["b1", "a1", "b2", "a2", "b3", "b4", "b5", "a3"]
+    generate_together(
+        Engine(None, 4, runner), *(request(prompt=name, num_inference_steps=steps[name[0]]) for name in order)
     )
-    with pytest.raises(JobError, match="the model produced NaN"):
-        v1_4_engine.warm_up()
+    assert runner.batches == [["b1", "b2", "b3", "b4"], ["a1", "a2", "a3"], ["b5"]]
 
 
-def test_the_event_loop_stays_free_while_the_engine_paints_one_at_a_time(
-    v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch
-):
-    painting, most = 0, 0
-    threads, forward = set(), v1_4_engine._runner._pipe.unet.forward
+FIELDS = {
+    "prompt": st.sampled_from(["a cat", "a dog"]),
+    "negative_prompt": st.sampled_from(["", "blur"]),
+    "width": st.sampled_from([64, 72]),
+    "height": st.sampled_from([64, 72]),
+    "num_inference_steps": st.integers(1, 2),
+    "guidance_scale": st.sampled_from([0.0, 7.5]),
+    "seed": st.integers(0, 2),
+    "num_images": st.integers(1, 2),
+    "output_format": st.sampled_from(["png", "jpeg"]),
+    "output_quality": st.sampled_from([50, 90]),
+    "scheduler": st.sampled_from(["PNDM", "DDIM"]),
+}
+MAY_DIFFER = {"prompt", "negative_prompt", "seed", "num_images", "output_format", "output_quality"}
 
-    def counted(*args: object, **kwargs: object) -> object:
-        nonlocal painting, most
-        painting += 1
-        most = max(most, painting)
-        threads.add(threading.current_thread().name)
-        result = forward(*args, **kwargs)
-        painting -= 1
-        return result
 
-    async def both() -> int:
-        ticks = 0
-        jobs = [asyncio.ensure_future(v1_4_engine.generate(request(v1_4_engine, num_inference_steps=20))) for _ in "ab"]
-        while not all(job.done() for job in jobs):
+@given(st.fixed_dictionaries(FIELDS), st.fixed_dictionaries(FIELDS))
+def test_requests_that_differ_in_what_the_pipeline_takes_once_never_share_a_batch(one: dict, other: dict):
+    assert set(FIELDS) == set(ImageRequest.model_fields)
+    runner = StandIn()
+    generate_together(Engine(None, 4, runner), request(**one), request(**other))
+    share = all(one[name] == other[name] for name in FIELDS if name not in MAY_DIFFER)
+    assert len(runner.batches) == (1 if share else 2)
+
+
+def test_images_count_towards_the_size_of_a_batch():
+    runner = StandIn()
+    x, y = request(prompt="x", seed=0, num_images=3), request(prompt="y", seed=50, num_images=3)
+    results = generate_together(Engine(None, 4, runner), x, y)
+    assert runner.batches == [["x", "x", "x", "y"], ["y", "y"]]
+    assert [seeds(result) for result in results] == [[0, 1, 2], [50, 51, 52]]
+    (result,) = generate_together(Engine(None, 1, runner), request(num_images=4, seed=7))
+    assert seeds(result) == [7, 8, 9, 10]
+    assert [len(batch) for batch in runner.batches[2:]] == [1] * 4
+
+
+def test_one_thread_runs_one_batch_at_a_time_and_the_event_loop_stays_free():
+    running, most, ticks = 0, 0, 0
+
+    def first(_: object) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.05)
+        running -= 1
+
+    async def both() -> None:
+        nonlocal ticks
+        engine = Engine(None, 1, StandIn(first))
+        answers = [asyncio.create_task(engine.generate(request(num_inference_steps=1))) for _ in "ab"]
+        while not all(answer.done() for answer in answers):
             await asyncio.sleep(0.005)
             ticks += 1
-        return ticks
 
-    monkeypatch.setattr(v1_4_engine._runner._pipe.unet, "forward", counted)
-    assert asyncio.run(both()) > 10
-    assert (most, len(threads)) == (1, 1)
-    assert threading.current_thread().name not in threads
+    asyncio.run(both())
+    assert most == 1 and ticks >= 5
+
+
+def test_warnings_are_those_of_the_request():
+    first, second = generate_together(Engine(None, 4, StandIn()), request(prompt="long"), request())
+    assert (first.warnings, second.warnings) == (["long was cut"], [])
+
+
+def test_a_request_cancelled_while_it_waits_never_reaches_the_device():
+    runner, device_is_free = StandIn(), threading.Event()
+
+    async def cancel_one() -> list[Any]:
+        engine = Engine(None, 4, runner)
+        engine._thread.submit(device_is_free.wait)
+        answers = [asyncio.create_task(engine.generate(request(prompt=name))) for name in "abc"]
+        await asyncio.sleep(0)
+        answers[1].cancel()
+        await asyncio.sleep(0)
+        device_is_free.set()
+        return await asyncio.gather(*answers, return_exceptions=True)
+
+    first, cancelled, last = asyncio.run(cancel_one())
+    assert runner.batches == [["a", "c"]]
+    assert isinstance(cancelled, asyncio.CancelledError)
+    assert isinstance(first, GenerationResult) and isinstance(last, GenerationResult)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_batch_ends_at_the_next_step_when_all_of_its_requests_are_cancelled(others: int):
+    started, go_on = threading.Event(), threading.Event()
+
+    def first(_: object) -> None:
+        started.set()
+        assert go_on.wait(10)
+
+    runner = StandIn(first)
+
+    async def cancel_one() -> Any:
+        engine = Engine(None, 4, runner)
+        waiting = [asyncio.create_task(engine.generate(request(num_inference_steps=9))) for _ in range(1 + others)]
+        await asyncio.to_thread(started.wait, 10)
+        waiting[0].cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        await asyncio.wrap_future(engine._thread.submit(lambda: None))
+        return results
+
+    # the first request is alone in its batch: the other came while the device was busy
+    results = asyncio.run(cancel_one())
+    assert isinstance(results[0], asyncio.CancelledError)
+    assert runner.steps == [1] + [1] * 9 * others
+
+
+def test_progress_grows_from_nothing_to_all_of_it():
+    progress, seen = Progress(), []
+
+    class Watched(StandIn):
+        def run(self, requests: Any, seeds: Any, after_step: Callable[[float], None]) -> Any:
+            def watched(share: float) -> None:
+                seen.append(progress.share)
+                after_step(share)
+
+            return super().run(requests, seeds, watched)
+
+    engine = Engine(None, 2, Watched())
+    asyncio.run(engine.generate(request(num_images=3, num_inference_steps=10), progress))
+    seen.append(progress.share)
+    # two images in the first batch, the third in the second
+    assert seen == pytest.approx([i / 10 * 2 / 3 for i in range(10)] + [2 / 3 + i / 10 / 3 for i in range(11)])
+
+
+def out_of_memory_above(images: int) -> StandIn:
+    return fail_with(RuntimeError("CUDA out of memory"), when=lambda requests: len(requests) > images)
+
+
+def test_out_of_memory_halves_a_batch_until_it_fits():
+    runner = out_of_memory_above(1)
+    results = generate_together(Engine(None, 4, runner), *(request(prompt=name, num_images=2) for name in "ab"))
+    assert all(len(result.pictures) == 2 for result in results)
+    assert runner.batches == [["a", "a", "b", "b"], ["a", "a"], ["a"], ["a"], ["b"], ["b"]]
+    assert runner.released == 2
+
+
+def test_what_did_not_fit_is_remembered_for_its_size():
+    runner = out_of_memory_above(3)
+    engine = Engine(None, 8, runner)
+    sizes = []
+    for width in (64, 64, 64, 128):
+        runner.batches.clear()
+        results = generate_together(engine, *(request(num_images=4, width=width) for _ in "ab"))
+        assert all(len(result.pictures) == 4 for result in results)
+        sizes.append([len(batch) for batch in runner.batches])
+    # eight, and then four, do not fit: from then on three are most, but for another size
+    assert sizes == [[8, 4, 2, 2, 2, 2], [3, 3, 2], [3, 3, 2], [8, 4, 2, 2, 2, 2]]
+
+
+def test_an_image_that_does_not_fit_alone_is_tried_again():
+    runner = out_of_memory_above(0)
+    engine = Engine(None, 4, runner)
+    for _ in range(2):
+        (error,) = generate_together(engine, request(width=128, num_images=1))
+        assert str(error) == "an image of 128 x 64 did not fit in GPU memory: ask for 64 x 64"
+        assert isinstance(error, JobError) and not error.refresh_worker
+        assert str(error.__cause__) == "CUDA out of memory"
+    (error,) = generate_together(engine, request())
+    assert str(error) == "an image of 64 x 64 did not fit in GPU memory: ask for a smaller one"
+    runner.first = lambda requests: None
+    (result,) = generate_together(engine, request())
+    assert seeds(result) == [3]
+
+
+def test_only_what_fails_alone_fails():
+    runner = fail_with(RuntimeError("anything"), when=lambda requests: "b" in [each.prompt for each in requests])
+    first, bad, last = generate_together(
+        Engine(None, 4, runner), *(request(prompt=name, num_images=1 + (name == "a")) for name in "abc")
+    )
+    assert seeds(first) == [3, 4] and seeds(last) == [3]
+    assert str(bad) == "anything"
+    assert runner.batches == [["a", "a", "b", "c"], ["a", "a"], ["b"], ["c"]]
+
+
+def test_an_image_without_a_picture_fails_its_own_request():
+    first, bad, last = generate_together(
+        Engine(None, 4, StandIn()), *(request(prompt=name) for name in ("a", "nan", "c"))
+    )
+    assert seeds(first) == seeds(last) == [3]
+    assert str(bad) == "not finite"
+
+
+def test_a_failure_in_handling_a_failure_leaves_nobody_waiting():
+    runner = out_of_memory_above(1)
+
+    def fail() -> None:
+        raise RuntimeError("again")
+
+    runner.release_memory = fail
+    engine = Engine(None, 4, runner)
+    assert [str(error) for error in generate_together(engine, request(), request())] == ["again", "again"]
+    (result,) = generate_together(engine, request())
+    assert seeds(result) == [3]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_lost_device_fails_all_that_is_in_flight_with_its_cause(shared: bool):
+    cause = RuntimeError("CUDA error: an illegal memory access was encountered")
+    runner = fail_with(cause, when=lambda requests: True)
+    engine = Engine(None, 4, runner)
+    requests = [request(num_inference_steps=2), request(num_inference_steps=2 + (not shared)), request(width=72)]
+    errors = [*generate_together(engine, *requests), *generate_together(engine, request())]
+    for error in errors:
+        assert isinstance(error, JobError) and error.refresh_worker
+        assert str(error) == LOST
+        assert error.__cause__ is cause
+    assert len(runner.batches) == 1
+    with pytest.raises(JobError, match="send the job again"):
+        engine.warm_up()
+
+
+def test_a_launch_error_that_a_device_survives_fails_its_job_alone():
+    error = RuntimeError("CUDA error: too many resources requested for launch")
+    runner = fail_with(error, when=lambda requests: requests[0].width == 72)
+    engine = Engine(None, 4, runner)
+    bad, good = generate_together(engine, request(width=72), request())
+    assert bad is error
+    assert seeds(good) == [3]

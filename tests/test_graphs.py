@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from src import pipeline
-from src.graphs import Capture, GraphedStep, Inputs, Step
+from src.graphs import Capture, GraphedStep, Inputs, Pace, Step
 from src.pipeline import Model
 
 
@@ -82,30 +82,82 @@ def test_only_so_many_are_kept_and_the_one_unused_for_longest_goes(captures: Cap
     assert captures.captured == [8, 16, 24, 16]
 
 
-def test_what_cannot_be_captured_is_computed_plainly_and_not_tried_again(
+def test_after_a_failed_capture_the_graphs_that_are_kept_go_on_and_no_other_is_tried(
     captures: Captures, forward: Callable, capsys: pytest.CaptureFixture
 ):
-    captures.error = RuntimeError("operation not permitted when stream is capturing")
     graphed = GraphedStep(forward, captures)
     with torch.no_grad():
-        for _ in "ab":
-            (predicted,) = graphed(*inputs(), return_dict=False)
-            assert torch.equal(predicted, forward(*inputs(), return_dict=False)[0])
-    assert captures.captured == [8]
+        graphed(*inputs(8), return_dict=False)
+        captures.error = RuntimeError("operation not permitted when stream is capturing")
+        for size in (16, 16, 24, 8):
+            (predicted,) = graphed(*inputs(size), return_dict=False)
+            assert torch.equal(predicted, forward(*inputs(size), return_dict=False)[0])
+    assert captures.captured == [8, 16]
+    assert captures.replayed == [8, 8]
     (line,) = capsys.readouterr().out.splitlines()
-    assert "no CUDA graph for latents of 2 x 4 x 8 x 8, computed without: RuntimeError: operation not" in line
+    assert "no CUDA graph for latents of 2 x 4 x 16 x 16, computed without: RuntimeError: operation not" in line
 
 
-def test_out_of_memory_gives_up_the_graphs_that_are_kept(captures: Captures):
-    graphed = GraphedStep(lambda sample, *_, **__: (sample,), captures)
+def capture_invalidated_by(cause: Exception) -> Exception:
+    """What PyTorch raises when ``cause`` ends a capture."""
+    error = torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
+    error.__context__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        capture_invalidated_by(RuntimeError("GET was unable to find an engine to execute this computation")),
+    ],
+)
+def test_out_of_memory_gives_up_the_graphs_that_are_kept(captures: Captures, error: Exception):
+    graphed = GraphedStep(lambda sample, *_, **__: (sample,), captures, max_graphs=2)
     graphed(*inputs(8), return_dict=False)
-    captures.error = torch.OutOfMemoryError("CUDA out of memory")
+    captures.error = error
     graphed(*inputs(16), return_dict=False)
     captures.error = None
-    for size in (16, 8):
+    # what did not fit is not tried again, and takes no graph's place
+    for size in (16, 8, 24, 16, 8, 24):
         graphed(*inputs(size), return_dict=False)
-    assert captures.captured == [8, 16, 8]
-    assert captures.replayed == [8, 8]
+    assert captures.captured == [8, 16, 8, 24]
+    assert captures.replayed == [8, 8, 24, 8, 24]
+
+
+def test_dropped_graphs_are_captured_anew(captures: Captures):
+    graphed = GraphedStep(lambda sample, *_, **__: (sample,), captures)
+    for _ in "ab":
+        graphed(*inputs(8), return_dict=False)
+        graphed.clear()
+    assert captures.captured == [8, 8]
+
+
+def test_a_schedulers_integer_and_float_timesteps_are_one_graph(captures: Captures):
+    graphed = GraphedStep(lambda sample, timestep, *_, **__: (timestep,), captures)
+    for timestep in (torch.tensor(7), torch.tensor(7.0), torch.tensor(7.0, dtype=torch.float64)):
+        (seen,) = graphed(inputs()[0], timestep, inputs()[2], return_dict=False)
+        assert (seen.item(), seen.dtype) == (7.0, torch.float32)
+    assert captures.captured == [8]
+
+
+def test_the_host_is_at_most_one_step_ahead_of_the_device():
+    log: list[str] = []
+
+    class Event:
+        def __init__(self) -> None:
+            self.name = f"step {sum(line.startswith('record') for line in log) + 1}"
+
+        def record(self) -> None:
+            log.append(f"record {self.name}")
+
+        def synchronize(self) -> None:
+            log.append(f"wait for {self.name}")
+
+    pace = Pace(Event)
+    for _ in range(3):
+        pace.step_is_queued()
+    assert log == ["record step 1", "record step 2", "wait for step 1", "record step 3", "wait for step 2"]
 
 
 def test_arguments_that_a_graph_does_not_know_are_heeded(captures: Captures, forward: Callable):

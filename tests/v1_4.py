@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from tokenizers import pre_tokenizers
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel
@@ -63,6 +63,22 @@ FULL: Sizes = {
 """The model's own configuration: 1.37 thousand million parameters."""
 
 
+SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.7.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+"""The model's own, of a time when neither the prediction's type nor the timesteps' spacing could be chosen."""
+
+
 def vocabulary(size: int) -> tuple[list[str], list[str]]:
     """The words of a byte-level tokenizer, of which there are ``size``, and the merges that make the longer ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -104,14 +120,12 @@ def make_repository(folder: Path, sizes: Sizes = SMALL) -> Path:
         model.save_pretrained(folder / name, safe_serialization=True)
         if sizes is SMALL:
             torch.save(model.state_dict(), folder / name / pickled)
-    PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-    ).save_pretrained(folder / "scheduler")
 
     def write(path: str, content: object) -> None:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(json.dumps(content, ensure_ascii=False))
 
+    write("scheduler/scheduler_config.json", SCHEDULER)
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     write("tokenizer/vocab.json", {word: i for i, word in enumerate(words)})
     (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))

@@ -39,6 +39,9 @@ class FixedRunner:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
+    def prepare_thread(self) -> None:
+        pass
+
     def run(self, requests: Sequence[ImageRequest], seeds: Sequence[int], _: object) -> list[Picture | JobError]:
         time.sleep(self.seconds)
         return [
