@@ -130,6 +130,8 @@ def main() -> None:
                 path = path.with_stem(f"{path.stem}-{i}")
             path.write_bytes(picture(image))
             print(f"{path} seed {image['seed']}")
+        for warning in output.get("warnings", []):
+            print(f"warning: {warning}", file=sys.stderr)
     except requests.ConnectionError as error:
         sys.exit(f"generate.py: no answer from {error.request.url if error.request else 'the endpoint'}")
     except requests.HTTPError as error:
