@@ -96,6 +96,8 @@ snapshot=$work/cache/models--someone--tiny/snapshots/0123456789abcdef0123456789a
 mkdir -p "$snapshot"
 "$python" -c 'import pathlib, sys; from tests.v1_4 import make_repository; make_repository(pathlib.Path(sys.argv[1]))' \
     "$snapshot"
+# the library lets only their owner read the weights
+chmod -R a+rX "$work/cache"
 container=$(buildah from --pull=never --volume "$work/cache:/runpod-volume/huggingface-cache/hub:ro" worker-test-bare)
 run test ! -e /model || fail "it has a model"
 unshare --net buildah run --env MODEL_ID=someone/tiny "$container" -- python handler.py --check | tee "$work/log"
