@@ -78,7 +78,8 @@ def find_local(model_id: str, settings: Settings) -> Repository | None:
     without ``MODEL_REVISION``, any commit that RunPod cached is taken in the end.
 
     Raises:
-        StartError: if ``model_id`` is a directory that cannot be used, or cannot be a hub id.
+        StartError: if ``model_id`` is a directory that cannot be used, or cannot be a hub id; or if what a cache holds
+            of it cannot be used, and nothing may be downloaded.
     """
     if model_id == DEMO_MODEL_ID:
         return Repository(DEMO_MODEL, "embedded", DEMO_MODEL_ID, None)
@@ -95,6 +96,7 @@ def find_local(model_id: str, settings: Settings) -> Repository | None:
     wanted = _snapshot_arguments(model_id, settings)
     cached = _names_in_runpod_cache(model_id)
     places = [(name, RUNPOD_CACHE, "RunPod's cached models") for name in cached]
+    unusable: StartError | None = None
     for name, cache, where in (*places, (model_id, None, "Hugging Face cache")):
         try:
             path = Path(snapshot_download(**wanted | {"repo_id": name}, cache_dir=cache, local_files_only=True))
@@ -103,11 +105,15 @@ def find_local(model_id: str, settings: Settings) -> Repository | None:
         except HFValidationError:
             hint = f"neither a directory nor a hub id such as {DEFAULT_MODEL_ID}"
             raise StartError(f"MODEL_ID={model_id}: {hint}") from None
-        except (LocalEntryNotFoundError, StartError):
+        except LocalEntryNotFoundError:
             continue
+        except StartError as error:
+            unusable = error
     if settings.model_revision is None and (newest := _newest_snapshot(cached, settings)):
         pinned = f" (not the pinned commit, {wanted['revision'][:12]})" if wanted["revision"] else ""
         return Repository(newest, f"RunPod's cached models{pinned}", model_id, newest.name)
+    if unusable and constants.HF_HUB_OFFLINE:
+        raise unusable
     return None
 
 

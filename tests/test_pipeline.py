@@ -216,6 +216,19 @@ def test_of_a_model_that_runpod_cached_the_newest_usable_commit_is_taken(
     assert (found.name, found.revision, found.where) == (REPO, "new", "RunPod's cached models")
 
 
+def test_what_is_wrong_with_a_cached_model_is_told_where_none_may_be_downloaded(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(weights, "RUNPOD_CACHE", tmp_path)
+    cached(repository, tmp_path, DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION)
+    (weight,) = tmp_path.glob("*/snapshots/*/vae/*.safetensors")
+    weight.unlink()
+    assert weights.find_local(DEFAULT_MODEL_ID, Settings()) is None
+    monkeypatch.setattr(weights.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(StartError, match=f"^cannot use {weight}: it is missing"):
+        weights.find_local(DEFAULT_MODEL_ID, Settings())
+
+
 @pytest.mark.process
 def test_a_broken_download_goes_on_where_it_broke(copy: Path, tmp_path: Path):
     # as much as the hub's library keeps in memory before it writes, and more
