@@ -20,6 +20,7 @@ RUN pip install --no-cache-dir --no-compile --no-deps -r constraints.txt \
     && pip install --no-cache-dir --no-compile --no-deps --index-url "$TORCH_INDEX" "$(grep ^torch== requirements.txt)" \
     && sed -nE 's/^Requires-Dist: ((cuda|nvidia)-.*)/\1/p' /usr/local/lib/python3.11/*/torch-*.dist-info/METADATA >cuda.txt \
     && pip install --no-cache-dir --no-compile --index-url "$TORCH_INDEX" -r cuda.txt \
+    && rm cuda.txt \
     && find /usr/local/lib/python3.11 \( -type d -name tests -o -name 'libcusolverMg.so*' -o -name 'libnvrtc*.alt.so*' \
         -o -name 'libnvshmem_device.*' \) -prune -exec rm -r {} +
 
