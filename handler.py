@@ -58,7 +58,7 @@ def build_worker(settings: "Settings", progress_reports: "ProgressReports | None
     for hint in misspelt():
         log.warn(hint)
     log.info(f"imports: {time.monotonic() - begun:.1f} s")
-    engine = Engine(pipeline.load(settings), settings.max_batch_images)
+    engine = Engine(pipeline.load(settings), settings.max_batch_images, stall_timeout=settings.stall_timeout)
     loaded = time.monotonic()
     engine.warm_up()
     log.info(f"warm-up: {time.monotonic() - loaded:.1f} s")
@@ -81,7 +81,9 @@ def refuse_to_start(error: Exception) -> NoReturn:
 
         runpod.serverless.register_fitness_check(the_worker_can_start)
         runpod.serverless.start({"handler": None})
-    sys.exit(1)
+    sys.stdout.flush()
+    # a GPU that hangs has the engine's thread, which Python's own exit would wait for
+    os._exit(1)
 
 
 def main() -> None:

@@ -3,12 +3,13 @@
 import asyncio
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from src import faults
 from src.output import Picture
@@ -59,13 +60,17 @@ class _PendingRequest:
     result: Future[GenerationResult] = field(default_factory=Future)
     pictures: dict[int, Picture] = field(default_factory=dict)
 
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
     def succeed(self, result: GenerationResult) -> None:
-        if self._still_wanted():
-            self.result.set_result(result)
+        with self._lock:
+            if self._still_wanted():
+                self.result.set_result(result)
 
     def fail(self, error: Exception) -> None:
-        if self._still_wanted():
-            self.result.set_exception(error)
+        with self._lock:
+            if self._still_wanted():
+                self.result.set_exception(error)
 
     def _still_wanted(self) -> bool:
         return not self.result.done() and self.result.set_running_or_notify_cancel()
@@ -83,6 +88,33 @@ class _Image:
         return self.pending.request
 
 
+class _StallWatch:
+    """Calls ``stalled``, in a thread of its own, when its block goes on for ``timeout`` seconds without a ``step``."""
+
+    def __init__(self, timeout: float, stalled: Callable[[], None]) -> None:
+        self._timeout = timeout
+        self._stalled = stalled
+        self._left = threading.Event()
+        self._last_step = time.monotonic()
+
+    def step(self) -> None:
+        self._last_step = time.monotonic()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._watch, name="stall watch", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+
+    def _watch(self) -> None:
+        while (still := self._last_step + self._timeout - time.monotonic()) > 0:
+            if self._left.wait(still):
+                return
+        if not self._left.is_set():
+            self._stalled()
+
+
 class _AllCancelled(Exception):
     """Nobody waits for the pictures of the running batch any more."""
 
@@ -93,9 +125,18 @@ class Engine:
     When the device falls free, the oldest waiting image is generated, and in the same batch every other waiting image
     with the same ``batch_key``, oldest first, up to ``max_batch_images``. Batches of a size that ran out of memory stay
     smaller from then on.
+
+    When a batch makes no denoising step for ``stall_timeout`` seconds, in which encoding the prompt and decoding must
+    fit too, the device is lost: its call may never return, nor then the engine's thread.
     """
 
-    def __init__(self, model: "Model | None", max_batch_images: int, runner: Runner | None = None) -> None:
+    def __init__(
+        self,
+        model: "Model | None",
+        max_batch_images: int,
+        runner: Runner | None = None,
+        stall_timeout: float = 300.0,
+    ) -> None:
         if runner is None:
             # here, so that an engine around another runner needs no PyTorch
             from src.batch import BatchRunner
@@ -104,8 +145,11 @@ class Engine:
             runner = BatchRunner(model)
         self._runner = runner
         self._max_batch_images = max_batch_images
+        self._stall_timeout = stall_timeout
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine", initializer=runner.prepare_thread)
         self._waiting: list[_Image] = []
+        self._running: list[_Image] = []
+        self._watch: _StallWatch
         self._lock = threading.Lock()
         self._most_images: dict[tuple[int, int], int] = {}
         """By width and height, the most images of a batch since one ran out of memory."""
@@ -136,14 +180,18 @@ class Engine:
     def _submit(self, request: ImageRequest, progress: Progress) -> Future[GenerationResult]:
         pending = _PendingRequest(request, progress)
         with self._lock:
-            self._waiting += [_Image(pending, seed) for seed in request.seeds]
+            if self._device_error:
+                pending.fail(faults.device_fault(self._device_error))
+            else:
+                self._waiting += [_Image(pending, seed) for seed in request.seeds]
         self._thread.submit(self._drain_queue)
         return pending.result
 
     def _drain_queue(self) -> None:
         while batch := self._next_batch():
             try:
-                self._run_with_fallback(batch)
+                with _StallWatch(self._stall_timeout, self._lose_device) as self._watch:
+                    self._run_with_fallback(batch)
             except Exception as error:
                 # whatever went wrong in handling a failure, nobody waits for ever
                 for image in batch:
@@ -155,6 +203,7 @@ class Engine:
             same = [image for image in waiting if image.request.batch_key == waiting[0].request.batch_key]
             batch = same[: self._most_images_of(same[0].request)] if same else []
             self._waiting = [image for image in waiting if image not in batch]
+            self._running = batch
         return batch
 
     def _most_images_of(self, request: ImageRequest) -> int:
@@ -219,8 +268,18 @@ class Engine:
             else:
                 self._add(image.pending, picture)
 
+    def _lose_device(self) -> None:
+        """Fails what is in flight and what is still to come, while the engine's thread hangs."""
+        stall = TimeoutError(f"no denoising step for {self._stall_timeout:g} s")
+        with self._lock:
+            self._device_error = stall
+            lost, self._waiting = self._running + self._waiting, []
+        for pending in dict.fromkeys(image.pending for image in lost):
+            pending.fail(faults.device_fault(stall))
+
     def _after_step(self, images_of: Counter[_PendingRequest], share: float) -> None:
         """Notes how far the batch is. ``images_of`` counts the images that each request has in it."""
+        self._watch.step()
         if all(pending.result.cancelled() for pending in images_of):
             raise _AllCancelled
         for pending, images in images_of.items():

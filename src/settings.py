@@ -52,6 +52,12 @@ class Settings(BaseModel):
         description="1 to 100: jobs that the worker holds at once, one batch on the device and the rest ready",
     )
     max_batch_images: int = Field(4, ge=1, le=64, description="1 to 64: images of one batch, of one job or several")
+    stall_timeout: int = Field(
+        300,
+        ge=1,
+        le=3600,
+        description="1 to 3,600: seconds without a denoising step after which the GPU counts as lost",
+    )
     max_result_bytes: int = Field(
         10_000_000,
         ge=1_000,

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 from typing import Any
 
 import torch
@@ -14,12 +15,18 @@ SECRETS = f"at {__file__} on {socket.gethostname()} with token {os.environ.get('
 """What no client may ever read."""
 
 
+def hang(*_: object, **__: object) -> None:
+    threading.Event().wait()
+
+
 class FaultyPipeline(StableDiffusionPipeline):
     def __call__(self, prompt: list[str], **kwargs: Any) -> Any:
         if "out of memory" in prompt or ("needs a call alone" in prompt and len(prompt) > 1):
             raise torch.OutOfMemoryError(f"CUDA out of memory {SECRETS}")
         if "crash" in prompt:
             raise RuntimeError(f"crashed {SECRETS}")
+        if "hang" in prompt or os.environ.get("ALWAYS_HANG"):
+            self.unet.forward = hang
         if "poison" in prompt:
             raise torch.AcceleratorError(f"CUDA error: an illegal memory access was encountered {SECRETS}")
         painted = super().__call__(prompt=prompt, **kwargs)

@@ -321,3 +321,50 @@ def test_a_launch_error_that_a_device_survives_fails_its_job_alone():
     bad, good = generate_together(engine, request(width=72), request())
     assert bad is error
     assert seeds(good) == [3]
+
+
+class Slow(StandIn):
+    """Each step takes a tenth of a second."""
+
+    def run(self, requests: Any, seeds: Any, after_step: Callable[[float], None]) -> list[Picture | JobError]:
+        def slow_step(share: float) -> None:
+            time.sleep(0.1)
+            after_step(share)
+
+        return super().run(requests, seeds, slow_step)
+
+
+def test_a_device_that_hangs_is_lost_for_what_is_in_flight_and_what_comes_later():
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(_: Sequence[ImageRequest]) -> None:
+        hangs.set()
+        assert goes_on.wait(10)
+
+    async def fail_all(engine: Engine) -> None:
+        in_flight = [asyncio.create_task(engine.generate(request(width=width))) for width in (64, 72)]
+        assert await asyncio.to_thread(hangs.wait, 10)
+        errors = await asyncio.wait_for(asyncio.gather(*in_flight, return_exceptions=True), 5)
+        with pytest.raises(JobError) as later:
+            await asyncio.wait_for(engine.generate(request()), 5)
+        for error in (*errors, later.value):
+            assert isinstance(error, JobError) and (str(error), error.refresh_worker) == (LOST, True)
+            assert str(error.__cause__) == "no denoising step for 0.1 s"
+
+    engine = Engine(None, 4, StandIn(hang), stall_timeout=0.1)
+    try:
+        asyncio.run(fail_all(engine))
+    finally:
+        goes_on.set()
+    # a call that returns after all changes nothing any more
+    with pytest.raises(JobError, match=LOST):
+        engine.warm_up()
+
+
+def test_a_device_that_is_slow_or_idle_is_not_lost():
+    engine = Engine(None, 4, Slow(), stall_timeout=0.3)
+    engine.warm_up()
+    (result,) = generate_together(engine, request(num_inference_steps=6))
+    assert seeds(result) == [3]
+    time.sleep(0.4)
+    engine.warm_up()

@@ -234,6 +234,28 @@ def test_a_poisoned_device_has_its_worker_replaced():
         assert (done["status"], done["workerId"]) == ("COMPLETED", "worker-2")
 
 
+def test_a_device_that_hangs_for_good_has_its_worker_replaced():
+    with serving() as platform:
+        client = Client(platform)
+        first = platform.start_worker(FAULTY, MAX_CONCURRENCY="2", STALL_TIMEOUT="3")
+        hung = client.run("hang", num_inference_steps=50)
+        client.until(hung, "IN_PROGRESS")
+        behind = client.run("the sea", width=256)
+        client.until(behind, "IN_PROGRESS")
+        left = client.run("the sea")
+        heartbeats = psutil.Process(platform.workers[first].process.pid).children()
+        # its result is delivered before the process ends
+        platform.faults.append(Fault(hung, times=4, status=500, body="error"))
+        for job in (hung, behind):
+            failed = client.finished(job)
+            assert failed["error"] == "the GPU failed and this worker is being replaced: send the job again"
+            assert results(platform, job)[0]["stopPod"] is True
+        assert platform.workers[first].process.wait(20) == 1
+        assert psutil.wait_procs(heartbeats, 5)[1] == []
+        done = client.finished(left)
+        assert (done["status"], done["workerId"]) == ("COMPLETED", "worker-2")
+
+
 def test_told_to_end_a_worker_delivers_what_it_holds():
     with serving(poll_seconds=30) as platform:
         client = Client(platform)
@@ -280,6 +302,7 @@ def test_two_workers_share_the_queue_and_one_may_die():
     ("settings", "why"),
     [
         ({"ALWAYS_NAN": "1"}, "JobError: the model produced NaN instead of a picture"),
+        ({"ALWAYS_HANG": "1", "STALL_TIMEOUT": "2"}, "JobError: the GPU failed"),
         ({"MODEL_ID": ""}, "StartError: no CUDA device: "),
         ({"MAX_CONCURRENCY": "none"}, "StartError: MAX_CONCURRENCY=none: must be an integer from 1 to 100"),
     ],
