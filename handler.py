@@ -50,6 +50,9 @@ def build_worker(settings: "Settings", progress_reports: "ProgressReports | None
     begun = time.monotonic()
     startup.begin(settings)
     # these imports are most of a cold start: they wait until the disk is at work
+    import torch  # noqa: F401
+
+    startup.load_kernels()
     from src import pipeline
     from src.engine import Engine
     from src.worker import Worker

@@ -26,7 +26,7 @@ SCHEDULERS = {
     "DPMSolverSinglestep": "DPMSolverSinglestepScheduler",
     "UniPCMultistep": "UniPCMultistepScheduler",
 }
-"""diffusers' classes, by name: each is imported when it is first asked for, and most of them import SciPy."""
+"""The names of diffusers' classes, so that none is imported before it is asked for."""
 
 SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {
     # without the Runge-Kutta steps at the start, which double the first three and fail below four

@@ -3,10 +3,12 @@
 import ctypes
 import gc
 import importlib
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from src import weights
@@ -25,6 +27,8 @@ def begin(settings: Settings) -> None:
     model_id = settings.model_id or (DEFAULT_MODEL_ID if on_runpod() else None)
     found = weights.find_local(model_id, settings) if model_id else None
     gc.disable()
+    # diffusers' schedulers import it for a schedule that nothing here uses
+    _defer("scipy.stats")
     if found:
         _in_background(_read_ahead, weights.weight_files(found.path, settings))
     _in_background(_make_cuda_context)
@@ -32,6 +36,11 @@ def begin(settings: Settings) -> None:
     _in_background(importlib.import_module, "runpod")
     if settings.bucket_name:
         _in_background(importlib.import_module, "boto3")
+
+
+def load_kernels() -> None:
+    """Starts, once PyTorch is imported, loading its libraries' kernels onto a CUDA device."""
+    _in_background(_load_kernels)
 
 
 def finish() -> None:
@@ -44,12 +53,29 @@ def _in_background(work: Callable[..., Any], *arguments: Any) -> None:
     threading.Thread(target=work, args=arguments, daemon=True).start()
 
 
+def _defer(name: str) -> None:
+    """Has the import of a module cost nothing until something of it is used."""
+
+    def load(attribute: str) -> Any:
+        if attribute.startswith("__"):
+            # who asks what every module has does not use it
+            raise AttributeError(attribute)
+        if sys.modules[name] is deferred:
+            del sys.modules[name]
+        return getattr(importlib.import_module(name), attribute)
+
+    deferred = ModuleType(name)
+    deferred.__getattr__ = load  # type: ignore[method-assign]
+    sys.modules.setdefault(name, deferred)
+
+
 def _read_ahead(files: Iterable[Path]) -> None:
     """Reads ``files`` once, so that they are in the page cache when the pipeline maps them.
 
     Nothing depends on it, and posix_fadvise, which would do without a buffer, reads only as far as the kernel likes.
     """
-    buffer = bytearray(4 * 2**20)
+    # after each read the thread waits for Python's lock, which the imports hold
+    buffer = bytearray(32 * 2**20)
     with suppress(OSError):
         for file in files:
             with file.open("rb", buffering=0) as opened:
@@ -68,3 +94,27 @@ def _make_cuda_context() -> None:
         # each returns CUDA_SUCCESS, which is 0, or an error that PyTorch will meet again and tell
         if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0:
             cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+
+
+def _load_kernels() -> None:
+    """Has cuDNN, cuBLAS and fused attention each compute something small on the CUDA device, if there is one.
+
+    Nothing depends on it: what fails here fails again in the warm-up, which reports it.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        with suppress(RuntimeError):
+            _compute_something_small("cuda")
+
+
+def _compute_something_small(device: str) -> None:
+    """A convolution, a matrix product and attention, in float16."""
+    import torch
+
+    with torch.inference_mode():
+        images = torch.zeros(2, 64, 32, 32, dtype=torch.float16, device=device)
+        filters = torch.zeros(64, 64, 3, 3, dtype=torch.float16, device=device)
+        features = torch.nn.functional.conv2d(images, filters, padding=1).flatten(2).mT
+        heads = (features @ features.new_zeros(64, 64)).unflatten(2, (1, 64)).transpose(1, 2)
+        torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)

@@ -35,11 +35,12 @@ NEEDED_FILES = [
 """What a download takes of a repository: no pickled twin, no single-file checkpoint, no other precision."""
 
 WEIGHT_FILES = {
-    "unet": "diffusion_pytorch_model.safetensors",
+    "safety_checker": "model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
-    "safety_checker": "model.safetensors",
+    "unet": "diffusion_pytorch_model.safetensors",
 }
+"""In the order in which diffusers loads them when ``PYTHONHASHSEED`` is 0, as in the image: it goes through a set."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import runpod
+import torch
 
-from src import startup
+from src import startup, weights
 from src.arguments import parse_arguments
 from src.settings import Settings, StartError
 from tests.test_end_to_end import run_handler
@@ -146,3 +147,54 @@ def test_boto3_is_imported_at_start_and_for_a_bucket_only():
     bucket = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY", "BUCKET_NAME")
     assert imported() == "False\n"
     assert imported(**dict.fromkeys(bucket, "https://storage.example.com")) == "True\n"
+
+
+@pytest.mark.process
+def test_the_read_ahead_follows_the_order_in_which_the_image_loads(repository: Path):
+    code = (
+        "import diffusers.pipelines.pipeline_utils as utils\n"
+        "real = utils.load_sub_model\n"
+        "def load(*args, name, **kwargs):\n"
+        "    print(name)\n"
+        "    return real(*args, name=name, **kwargs)\n"
+        "utils.load_sub_model = load\n"
+        f"utils.DiffusionPipeline.from_pretrained({str(repository)!r})\n"
+    )
+    command = [sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONHASHSEED": "0"}
+    loaded = subprocess.run(command, env=environment, text=True, capture_output=True, check=True).stdout.split()
+    files = weights.weight_files(repository, Settings())
+    assert [name for name in loaded if name in weights.WEIGHT_FILES] == [file.parent.name for file in files]
+    assert "PYTHONHASHSEED=0" in (ROOT / "Dockerfile").read_text()
+
+
+def test_what_loads_the_kernels_computes(monkeypatch: pytest.MonkeyPatch):
+    computed = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(startup, "_compute_something_small", computed.append)
+    startup._load_kernels()
+    assert computed == ["cuda"]
+    monkeypatch.undo()
+    startup._compute_something_small("cpu")
+    startup._load_kernels()
+
+
+@pytest.mark.process
+def test_scipys_statistics_are_imported_when_something_of_them_is_used_and_no_scheduler_does():
+    code = (
+        "import sys\n"
+        "from src import startup\n"
+        "from src.request import ImageRequest\n"
+        "from src.settings import Settings\n"
+        "settings = Settings(model_id='demo')\n"
+        "startup.begin(settings)\n"
+        "from src import batch, pipeline\n"
+        "runner = batch.BatchRunner(pipeline.load(settings))\n"
+        "for name in batch.SCHEDULERS:\n"
+        "    job_input = {'prompt': 'sea', 'scheduler': name, 'num_inference_steps': 2}\n"
+        "    runner.run([ImageRequest.parse(job_input, runner.limits)], [0], lambda share: None)\n"
+        "print('scipy.stats._stats_py' in sys.modules)\n"
+        "import scipy.stats\n"
+        "print(scipy.stats.beta.ppf(0.5, 1, 1), 'scipy.stats._stats_py' in sys.modules)\n"
+    )
+    assert python(code).splitlines()[-2:] == ["False", "0.5 True"]

@@ -42,7 +42,7 @@ class Measured:
     seconds: float
     """Of a call, the median."""
     memory: int
-    """Bytes at most on the device."""
+    """Bytes that PyTorch has taken of the device at most; what graphs replay into counts only so."""
 
 
 class TimedPipeline(StableDiffusionPipeline):
@@ -86,7 +86,7 @@ def measure(paint: Callable[[int], object], images: int, runs: int, *, warm: boo
         if CUDA:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
-    return Measured(median(times), torch.cuda.max_memory_allocated() if CUDA else 0)
+    return Measured(median(times), torch.cuda.max_memory_reserved() if CUDA else 0)
 
 
 def empty_device() -> None:
