@@ -8,11 +8,11 @@ from typing import Any
 
 import aiohttp
 import pytest
-from runpod.serverless.modules import rp_http, rp_job
+from runpod.serverless.modules import rp_http, rp_job, rp_ping
 from runpod.serverless.modules.worker_state import JobsProgress
 
 from src import platform as platform_module
-from src.platform import Handler, Outage, WorkerLoop
+from src.platform import Handler, Outage, QuietLog, WorkerLoop
 from tests.client import Client, results, until
 from tests.platform_stub import ENDPOINT, Fault, Platform, serving
 from tests.platform_stub.job import Job
@@ -238,3 +238,14 @@ def test_an_outage_is_told_when_it_begins_once_a_minute_and_when_it_is_over(
     assert 40 < len(lines) <= 2 + 60
     assert pauses[0] <= 0.25 and min(pauses[20:]) >= 12.5 and max(pauses) <= 25
     assert len(set(pauses)) == len(pauses)
+
+
+def test_a_heartbeat_that_fails_is_told_once_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    now = 0.0
+    monkeypatch.setattr(rp_ping, "log", QuietLog())
+    monkeypatch.setenv("RUNPOD_WEBHOOK_PING", "http://127.0.0.1:9/ping")
+    heartbeat = rp_ping.Heartbeat(retries=0)
+    monkeypatch.setattr(platform_module.time, "monotonic", lambda: now)
+    for now in range(0, 130, 10):  # noqa: B007 - the clock reads it
+        heartbeat._send_ping()
+    assert capsys.readouterr().out.count("Ping Request Error") == 2

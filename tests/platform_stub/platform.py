@@ -153,7 +153,7 @@ class Platform:
         } | settings
         command = command or [sys.executable, str(HANDLER)]
         process = subprocess.Popen(
-            command, env=os.environ | environment, cwd=HANDLER.parent, stdout=log, start_new_session=True
+            command, env=os.environ | environment, cwd=HANDLER.parent, stdout=log, stderr=log, start_new_session=True
         )
         self.workers[name] = WorkerProcess(process, settings, command)
         return name
