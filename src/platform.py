@@ -26,7 +26,7 @@ REPORT_TIMEOUT_SECONDS = 30.0
 RESULT_SECONDS = 600.0
 """For how long a result is sent again and again: RunPod's default execution timeout, after which its job has ended."""
 RESULT_TIMEOUT = aiohttp.ClientTimeout(total=120, sock_connect=10, sock_read=30)
-"""For one try. Its total, in seconds, lets the largest result through at 0.1 MB/s."""
+"""For one try, in seconds. The total lets 10 MB through at 0.1 MB/s."""
 POLL_TIMEOUT = aiohttp.ClientTimeout(sock_connect=10)
 """For a request that the platform answers when there is news. The SDK ends it after 90 s."""
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.25, 25.0
@@ -96,6 +96,7 @@ class WorkerLoop(rp_scale.JobScaler):  # type: ignore[misc]
         self.jobs_handler = self._handle
         self._taking_jobs = Outage("take jobs")
         self._listening = Outage("listen for cancellations")
+        self._started: set[str] = set()
         self._stopped_early: set[str] = set()
         self._shutting_down = asyncio.Event()
         self._exit: asyncio.Task[None] | None = None
@@ -188,20 +189,29 @@ class WorkerLoop(rp_scale.JobScaler):  # type: ignore[misc]
         return stopped
 
     async def stop_job(self, job_id: str) -> bool:
-        """Stops a job. The SDK forgets it if the job has arrived but is not started yet."""
-        stopped: bool = await super().stop_job(job_id)
-        if not stopped and self.job_progress.get(job_id):
+        """Stops a job.
+
+        The SDK does not if the job has arrived but is not started yet; and cancelled before its first step, a job's
+        task would never leave the SDK's count.
+        """
+        if job_id in self._started:
+            return bool(await super().stop_job(job_id))
+        if waiting := bool(self.job_progress.get(job_id)):
             self._stopped_early.add(job_id)
-        return stopped
+        return waiting
 
     async def _handle(self, session: aiohttp.ClientSession, config: dict[str, Any], job: dict[str, Any]) -> None:
         if job["id"] in self._stopped_early:
             self._stopped_early.remove(job["id"])
             raise asyncio.CancelledError
-        result = await rp_job.run_job(config["handler"], job)
-        if result.get("stopPod"):
-            self._shut_down(1)
-        await self._deliver(session, result, job["id"])
+        self._started.add(job["id"])
+        try:
+            result = await rp_job.run_job(config["handler"], job)
+            if result.get("stopPod"):
+                self._shut_down(1)
+            await self._deliver(session, result, job["id"])
+        finally:
+            self._started.discard(job["id"])
 
     async def _deliver(self, session: aiohttp.ClientSession, result: dict[str, Any], job_id: str) -> None:
         """In place of the SDK's ``send_result``, which tries three times in four seconds and after a server error only.

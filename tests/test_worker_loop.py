@@ -163,6 +163,22 @@ def test_a_cancellation_before_the_start_is_honoured(stub: Platform, monkeypatch
     work(slow, clients, concurrency=8)
 
 
+def test_a_job_stopped_before_its_first_step_is_counted_no_more():
+    async def stop() -> None:
+        loop = WorkerLoop({"handler": echo})
+        job = {"id": "job-1", "input": {}}
+        await loop.jobs_queue.put(job)
+        assert loop._accept(await loop.jobs_queue.get())
+        loop.jobs_tasks["job-1"] = task = asyncio.create_task(loop.handle_job(None, job))
+        assert await loop.stop_job("job-1")
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert loop.job_progress.get_job_count() == 0
+        assert not await loop.stop_job("job-1")
+
+    asyncio.run(stop())
+
+
 @pytest.mark.parametrize(
     "fault",
     [
