@@ -89,10 +89,9 @@ grep -q "model: someone/tiny at 0123456789ab, directory /model" "$work/log" || f
 grep -q "ready: " "$work/log" || fail "the log"
 
 say "a picture through the platform, without a network"
-picture() { unshare --net sh -c 'ip link set lo up && exec "$@"' sh "$python" -m tests.image.paint "$container" "$@"; }
-picture
+unshare --net sh -c 'ip link set lo up && exec "$@"' sh "$python" -m tests.image.paint "$container"
 
-say "the image without a model"
+say "a picture without a model in the image, from RunPod's cache"
 build --tag worker-test-bare --build-arg MODEL_ID= "$@"
 buildah rm "$container" >/dev/null
 snapshot=$work/cache/models--someone--tiny/snapshots/0123456789abcdef0123456789abcdef01234567
@@ -103,10 +102,8 @@ mkdir -p "$snapshot"
 chmod -R a+rX "$work/cache"
 container=$(buildah from --pull=never --volume "$work/cache:/runpod-volume/huggingface-cache/hub:ro" worker-test-bare)
 run test ! -e /model || fail "it has a model"
-unshare --net buildah run --env MODEL_ID=someone/tiny "$container" -- python handler.py --check | tee "$work/log"
-grep -q "model: someone/tiny at 0123456789ab, RunPod's cached models" "$work/log" || fail "the log"
-if unshare --net buildah run --env MODEL_ID=someone/other "$container" -- python handler.py --check >"$work/log"; then
-    fail "it starts without a model"
-fi
-grep -q "choose it as the endpoint's Model" "$work/log" || fail "the log"
-picture someone/tiny
+start() { unshare --net buildah run --env "MODEL_ID=$1" "$container" -- sh -c 'python handler.py && test -s picture.png'; }
+start someone/tiny >"$work/log" || fail "no picture: $(cat "$work/log")"
+grep "model: someone/tiny at 0123456789ab, RunPod's cached models" "$work/log" || fail "the log"
+if start someone/other >"$work/log"; then fail "it starts without a model"; fi
+grep "choose it as the endpoint's Model" "$work/log" || fail "the log"

@@ -1,6 +1,6 @@
-"""Paints through a stand-in of RunPod with a worker from an image: ``python -m tests.image.paint CONTAINER [MODEL_ID]``
+"""Paints through the platform's stand-in with a worker from an image: ``python -m tests.image.paint CONTAINER``.
 
-CONTAINER is a working container of buildah's; MODEL_ID is what it gets as that, by default the embedded model.
+CONTAINER is a working container of buildah's.
 """
 
 import os
@@ -16,13 +16,13 @@ def be_a_worker(container: str) -> None:
     os.execvp("buildah", ["buildah", "run", *settings, container, "--", "python", "handler.py"])
 
 
-def main(container: str, model_id: str = "demo") -> None:
+def main(container: str) -> None:
     with serving() as platform:
-        platform.start_worker([sys.executable, "-m", "tests.image.paint", container, "--worker"], MODEL_ID=model_id)
+        platform.start_worker([sys.executable, "-m", "tests.image.paint", container, "--worker"])
         told = Client(platform).paint("a red circle on a blue background")
     assert told["status"] == "COMPLETED", told
     print(f"painted {picture(told['output']).size} with seed {told['output']['seed']}")
 
 
 if __name__ == "__main__":
-    be_a_worker(sys.argv[1]) if "--worker" in sys.argv else main(*sys.argv[1:])
+    be_a_worker(sys.argv[1]) if "--worker" in sys.argv else main(sys.argv[1])
