@@ -1,6 +1,7 @@
 """One batch through the pipeline: from what images are asked for to pictures."""
 
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -38,6 +39,8 @@ SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {
 """What Stable Diffusion needs of a scheduler that is not the model's own, by the documentation of diffusers' schedulers
 and its conversion of Stable Diffusion's checkpoints."""
 
+_thread = threading.local()
+
 PRODUCED_NAN = "the model produced NaN instead of a picture: try another seed, scheduler or a lower guidance_scale"
 
 
@@ -47,7 +50,6 @@ class BatchRunner:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._pipe = model.pipe
-        self._inference_mode = torch.inference_mode()
         kind = type(model.pipe.scheduler).__name__
         self._own_scheduler = next((name for name, each in SCHEDULERS.items() if each == kind), kind)
         self.model_name = model.name
@@ -57,7 +59,9 @@ class BatchRunner:
 
     def prepare_thread(self) -> None:
         """Puts the thread that will run the batches into PyTorch's inference mode, which is a thread's own."""
-        self._inference_mode.__enter__()
+        # the thread keeps it: ended by another thread, it would change that one's mode
+        _thread.inference_mode = torch.inference_mode()
+        _thread.inference_mode.__enter__()
 
     def run(
         self, requests: Sequence[ImageRequest], seeds: Sequence[int], after_step: Callable[[float], None]

@@ -331,3 +331,12 @@ def test_a_failed_calls_tensors_are_free_before_the_next_try(
     # the first call, and its halves
     assert alive == [0, 0, 0]
     assert tries > 2
+
+
+def test_an_engine_that_is_gone_leaves_other_threads_modes_alone(v1_4_model: Model):
+    engine = Engine(v1_4_model, 4)
+    generate(engine)
+    with torch.no_grad():
+        del engine
+        gc.collect()
+        assert not torch.is_grad_enabled()
