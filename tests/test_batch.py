@@ -18,7 +18,7 @@ from src import pipeline
 from src.batch import SCHEDULERS, BatchRunner
 from src.engine import Engine, GenerationResult
 from src.pipeline import Model
-from src.request import ImageRequest, JobError
+from src.request import MAX_STEPS, ImageRequest, JobError
 from src.settings import Settings
 from tests.test_engine import generate_together
 
@@ -114,19 +114,28 @@ def test_eight_prompts_in_one_batch_each_get_their_own_picture(demo_model: Model
         assert alone.warnings == result.warnings
 
 
+SMALL = {"width": 64, "height": 64, "guidance_scale": 0}
+"""What takes least time: without guidance, a step takes half as long."""
+
+
 @pytest.mark.parametrize("model", ["v1_4_model", "demo_model"])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 150])
-def test_every_scheduler_works_at_every_number_of_steps(
-    model: str, scheduler: str, steps: int, request: pytest.FixtureRequest
-):
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_every_scheduler_works_at_few_steps(model: str, scheduler: str, steps: int, request: pytest.FixtureRequest):
     engine = Engine(request.getfixturevalue(model), max_batch_images=4)
-    # without guidance a step takes half as long
-    options = {"scheduler": scheduler, "num_inference_steps": steps, "width": 64, "height": 64, "guidance_scale": 0}
+    options = SMALL | {"scheduler": scheduler, "num_inference_steps": steps}
     alone = generate(engine, **options).pictures[0].image
     first, second = (picture.image for picture in generate(engine, num_images=2, **options).pictures)
     assert furthest(alone, first) <= 2 < furthest(first, second)
     assert np.asarray(alone).std() > 1
+
+
+@pytest.mark.parametrize("model", ["v1_4_model", "demo_model"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_works_at_most_steps(model: str, scheduler: str, request: pytest.FixtureRequest):
+    engine = Engine(request.getfixturevalue(model), max_batch_images=4)
+    (picture,) = generate(engine, scheduler=scheduler, num_inference_steps=MAX_STEPS, **SMALL).pictures
+    assert np.asarray(picture.image).std() > 1
 
 
 LINSPACE = {"timestep_spacing": "linspace"}
