@@ -1,7 +1,7 @@
 """The entry point: arguments -> settings -> pipeline -> engine -> worker, then RunPod's loop.
 
 python handler.py                  generates what test_input.json asks for
-python handler.py --check          starts, says how long it took, and exits
+python handler.py --check          starts the worker, logs how long each part took, and exits
 python handler.py --rp_serve_api   serves /run, /runsync and /status on localhost:8000
 """
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 ENVIRONMENT = {
     # the SDK's default, DEBUG, logs prompts and pictures
     "RUNPOD_LOG_LEVEL": "INFO",
-    # the picture painted at start proves more of the machine than the SDK's own checks, which would come after it
+    # the picture generated at start tests more of the machine than the SDK's own checks, which would run after it
     "RUNPOD_SKIP_GPU_CHECK": "true",
     "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
-    # transformers tells at every import which optional packages are not there
+    # transformers warns at every import of optional packages that are not installed
     "TRANSFORMERS_VERBOSITY": "error",
 }
 """What the libraries read from their environment, most of it at import, unless it says otherwise."""
 
 
 def build_worker(settings: "Settings", progress_reports: "ProgressReports | None" = None) -> "Worker":
-    """Imports what generates, loads the model and generates a first picture; the log tells what each took.
+    """Imports the libraries, loads the model and generates a first picture; the log says how long each took.
 
     Args:
         settings: the worker's settings.
@@ -71,7 +71,7 @@ def build_worker(settings: "Settings", progress_reports: "ProgressReports | None
 
 
 def refuse_to_start(error: Exception) -> NoReturn:
-    """Says why and exits with code 1. On the platform the SDK does it, and tells the host that the worker is unfit."""
+    """Says why and exits with code 1. On RunPod through the SDK, which reports the worker as unhealthy."""
     import runpod
 
     from src.settings import on_runpod

@@ -33,7 +33,7 @@ def fetch(model_id: str, revision: str | None, output: Path) -> None:
     settings = Settings(model_id=model_id, model_revision=revision)
     found = weights.find(model_id, settings)
     print(f"{found}: {found.where}, {found.path}", flush=True)
-    # imported only now: a model that cannot be had is told at once
+    # imported only now: a model that cannot be downloaded is reported at once
     import torch
     from diffusers import StableDiffusionPipeline
 

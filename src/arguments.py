@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Settings are environment variables: see README.md.",
         allow_abbrev=False,
     )
-    parser.add_argument("--check", action="store_true", help="start, say how long it took, and exit")
+    parser.add_argument("--check", action="store_true", help="start the worker, log how long each part took, and exit")
     parser.add_argument(
         "--test_input", type=_json, metavar="JSON", help="""a job in place of test_input.json: '{"input": {...}}'"""
     )

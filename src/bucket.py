@@ -53,7 +53,7 @@ class Bucket:
         return lambda file, name, media_type: self.upload(file, f"{folder}/{name}", media_type)
 
     def upload(self, file: bytes, key: str, media_type: str) -> str:
-        """Stores a picture's file under ``key`` and gives a link to it that works for a week.
+        """Stores a picture's file under ``key`` and returns a link to it that works for a week.
 
         Raises:
             JobError: if the bucket cannot be reached or refuses.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KERNEL_MODULE = Path("/proc/driver/nvidia/version")
-"""Where the driver's kernel module tells its version, to containers too."""
+"""Where the driver's kernel module gives its version, in containers too."""
 
 
 @dataclass(frozen=True)

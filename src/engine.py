@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What became of a request: its pictures, in the order of its seeds, and what the client should know."""
+    """A request's pictures, in the order of its seeds, and warnings for the client."""
 
     pictures: list[Picture]
     warnings: list[str]
@@ -35,7 +35,7 @@ class Progress:
 
 
 class Runner(Protocol):
-    """What the engine needs of ``src.batch.BatchRunner``; its docstrings tell what each does."""
+    """What the engine needs of ``src.batch.BatchRunner``; whose docstrings say what each does."""
 
     model_name: str
     limits: ModelLimits
@@ -53,7 +53,7 @@ class Runner(Protocol):
 
 @dataclass(eq=False)
 class _PendingRequest:
-    """A request on its way through the engine. Who asked cancels it by cancelling ``result``."""
+    """A request on its way through the engine. It is cancelled by cancelling ``result``."""
 
     request: ImageRequest
     progress: Progress
@@ -116,13 +116,13 @@ class _StallWatch:
 
 
 class _AllCancelled(Exception):
-    """Nobody waits for the pictures of the running batch any more."""
+    """All requests of the running batch are cancelled."""
 
 
 class Engine:
     """Generates what requests ask for on a thread of its own: schedulers keep state and CUDA wants one caller.
 
-    When the device falls free, the oldest waiting image is generated, and in the same batch every other waiting image
+    When the device is free, the oldest waiting image is generated, and in the same batch every other waiting image
     with the same ``batch_key``, oldest first, up to ``max_batch_images``. Batches of a size that ran out of memory stay
     smaller from then on.
 
@@ -160,8 +160,8 @@ class Engine:
     async def generate(self, request: ImageRequest, progress: Progress | None = None) -> GenerationResult:
         """Generates ``request``'s pictures while the event loop stays free, and keeps ``progress`` up to date.
 
-        Image i is generated from seed + i. Cancelled, it never reaches the device, or leaves it at the next denoising
-        step unless others share its batch.
+        Image i is generated from seed + i. A cancelled request never reaches the device, or is stopped at the
+        next denoising step unless others share its batch.
 
         Raises:
             JobError: if they do not fit in memory, are not finite, or the device failed.
@@ -193,7 +193,7 @@ class Engine:
                 with _StallWatch(self._stall_timeout, self._lose_device) as self._watch:
                     self._run_with_fallback(batch)
             except Exception as error:
-                # whatever went wrong in handling a failure, nobody waits for ever
+                # an error in handling a failure must not leave a request waiting for ever
                 for image in batch:
                     image.pending.fail(error)
 
@@ -269,7 +269,7 @@ class Engine:
                 self._add(image.pending, picture)
 
     def _lose_device(self) -> None:
-        """Fails what is in flight and what is still to come, while the engine's thread hangs."""
+        """Fails the requests that run or wait, and all that come later, while the engine's thread hangs."""
         stall = TimeoutError(f"no denoising step for {self._stall_timeout:g} s")
         with self._lock:
             self._device_error = stall
@@ -278,7 +278,7 @@ class Engine:
             pending.fail(faults.device_fault(stall))
 
     def _after_step(self, images_of: Counter[_PendingRequest], share: float) -> None:
-        """Notes how far the batch is. ``images_of`` counts the images that each request has in it."""
+        """Updates the progress of the batch's requests. ``images_of`` counts the images that each request has in it."""
         self._watch.step()
         if all(pending.result.cancelled() for pending in images_of):
             raise _AllCancelled

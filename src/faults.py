@@ -16,7 +16,7 @@ OUT_OF_MEMORY = (
     # PyTorch, when every engine that cuDNN offers asks for more than there is
     "unable to find an engine to execute this computation",
 )
-"""What is said when the device's memory does not suffice."""
+"""Parts of the messages when the device's memory does not suffice."""
 
 DEVICE_LOST = (
     "an illegal memory access was encountered",
@@ -35,7 +35,7 @@ DEVICE_LOST = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device's memory did not suffice, told by PyTorch's, cuBLAS's, cuDNN's or the driver's words.
+    """Whether the device's memory did not suffice, by the messages of PyTorch, cuBLAS, cuDNN and the driver.
 
     A CUDA graph's capture reports another error in place of the first one, which is then its context.
     """
@@ -67,14 +67,14 @@ def release_frames(error: BaseException) -> None:
 
 
 def device_fault(cause: BaseException) -> JobError:
-    """What every job in flight is answered with when the device is lost."""
+    """The error of every job that the worker holds when the device is lost."""
     fault = JobError("the GPU failed and this worker is being replaced: send the job again", refresh_worker=True)
     fault.__cause__ = cause
     return fault
 
 
 def does_not_fit(request: ImageRequest, limits: ModelLimits, cause: BaseException) -> JobError:
-    """What a request is answered with of which a single image does not fit in memory."""
+    """The error of a request of which a single image does not fit in memory."""
     native = limits.native_size
     instead = f"{native} x {native}" if request.width * request.height > native**2 else "a smaller one"
     fault = JobError(f"an image of {request.width} x {request.height} did not fit in GPU memory: ask for {instead}")

@@ -1,4 +1,4 @@
-"""The UNet by CUDA graphs: a step of shapes seen before is one launch instead of a thousand."""
+"""The UNet as CUDA graphs: a step of shapes seen before is one launch instead of a thousand."""
 
 from collections import OrderedDict
 from collections.abc import Callable

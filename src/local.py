@@ -49,7 +49,7 @@ def check_address(host: str, port: int) -> None:
     """Checks that a server can listen there.
 
     Raises:
-        StartError: if the address is taken, forbidden or unknown. What else there may be, the server tells.
+        StartError: if the address is taken, forbidden or unknown. Other errors are left to the server.
     """
     problem = f"cannot serve on port {port} of {host}"
     try:

@@ -18,7 +18,7 @@ from src.request import ImageRequest, JobError, OutputFormat
 
 @dataclass(frozen=True)
 class Picture:
-    """One painted image, RGB, of the request's size.
+    """One generated image, RGB, of the request's size.
 
     ``nsfw`` says whether the safety checker blanked it; None where the model has no checker.
     """
@@ -47,7 +47,7 @@ def encode(image: Image.Image, text: str, output_format: OutputFormat, quality: 
 
     Args:
         image: the picture, RGB.
-        text: what ``parameters`` gives.
+        text: what ``parameters`` returns.
         output_format: of the file.
         quality: 1 to 100, of formats that lose something.
     """
@@ -78,7 +78,7 @@ class OutputImage(TypedDict):
 
     image: Annotated[NotRequired[str], Field(description="The picture's file in base64, without a data: prefix")]
     image_url: Annotated[NotRequired[str], Field(description="A link to the picture's file that works for a week")]
-    seed: Annotated[int, Field(description="The seed that paints this picture again")]
+    seed: Annotated[int, Field(description="The seed that generates this picture again")]
     nsfw_content_detected: Annotated[
         bool | None, Field(description="Whether the safety checker blanked the picture; null without a checker")
     ]
@@ -125,12 +125,12 @@ def job_output(
 
     Args:
         request: what was asked.
-        pictures: what was painted, in the order of the seeds.
+        pictures: the generated ones, in the order of the seeds.
         warnings: what the client should know; left out of the output when empty.
         model_name: what clients know the model by.
         max_result_bytes: the largest result that the platform takes, in bytes.
-        upload: stores a file under a name, with its media type, and gives a link to it; without it the output holds the
-            pictures.
+        upload: stores a file under a name, with its media type, and returns a link to it; without it the output holds
+            the pictures.
 
     Raises:
         JobError: if the result is larger than the platform takes, or as ``upload`` does.

@@ -51,7 +51,7 @@ def load(settings: Settings, dtype: torch.dtype | None = None) -> Model:
     if device == "cpu" and on_runpod() and settings.model_id != DEMO_MODEL_ID:
         why = driver.why_no_device(driver.find(), torch.version.cuda)
         raise StartError(
-            f"no CUDA device: {why}. To paint with the embedded toy model on the CPU, set MODEL_ID={DEMO_MODEL_ID}"
+            f"no CUDA device: {why}. To run the embedded toy model on the CPU, set MODEL_ID={DEMO_MODEL_ID}"
         )
     model_id = settings.model_id or (DEFAULT_MODEL_ID if device == "cuda" else DEMO_MODEL_ID)
 

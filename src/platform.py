@@ -55,9 +55,9 @@ def start(handle: Handler, max_concurrency: int) -> None:
 
 
 class Outage:
-    """Tries of one kind, while they fail: how long to wait before the next, and what the log tells of them.
+    """Tries of one kind, while they fail: how long to wait before the next, and what is logged.
 
-    That is a line when the first one fails, at most one a minute from then on, and one when one succeeds.
+    The log gets a line when the first one fails, at most one a minute from then on, and one when one succeeds.
     """
 
     def __init__(self, what: str, job_id: str | None = None) -> None:
@@ -103,17 +103,17 @@ class WorkerLoop(rp_scale.JobScaler):  # type: ignore[misc]
         self._fetching: asyncio.Task[Any] | None = None
 
     async def run(self) -> None:
-        """Takes and handles jobs until it is told to shut down.
+        """Takes and handles jobs until a signal asks it to shut down.
 
-        The SDK, told by a signal, stops looking at jobs at once but goes on asking for them, up to 90 s, and loses what
-        it gets.
+        After a signal the SDK stops handling jobs at once but goes on asking for them for up to 90 s, and loses what it
+        gets.
         """
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(signal_number, self._shut_down, 0)
         await super().run()
 
     def _shut_down(self, exit_code: int) -> None:
-        """Takes no more jobs, delivers those in flight, exits."""
+        """Takes no more jobs, delivers the results of those that the worker holds, exits."""
         if not self._exit:
             self._shutting_down.set()
             self._exit = asyncio.create_task(self._exit_when_idle(exit_code))
@@ -121,7 +121,7 @@ class WorkerLoop(rp_scale.JobScaler):  # type: ignore[misc]
                 self._fetching.cancel()
 
     async def _exit_when_idle(self, exit_code: int) -> None:
-        # the SDK drops a job from here when its result is delivered
+        # the SDK removes a job when its result is delivered
         while self.job_progress.get_job_count():
             await asyncio.sleep(0.1)
         for heartbeat in multiprocessing.active_children():
@@ -166,7 +166,7 @@ class WorkerLoop(rp_scale.JobScaler):  # type: ignore[misc]
     def _accept(self, job: Any) -> bool:
         """Whether the SDK can handle ``job``; from now on it counts as in progress.
 
-        The SDK counts it a little later, and meanwhile the worker could exit, or be told to stop the job.
+        The SDK counts it a little later, and meanwhile the worker could exit, or the job could be stopped.
         """
         if not isinstance(job, dict) or not isinstance(job.get("id"), str) or not job["id"]:
             return False
@@ -192,7 +192,7 @@ class WorkerLoop(rp_scale.JobScaler):  # type: ignore[misc]
         """Stops a job.
 
         The SDK does not if the job has arrived but is not started yet; and cancelled before its first step, a job's
-        task would never leave the SDK's count.
+        task would stay in the SDK's count for ever.
         """
         if job_id in self._started:
             return bool(await super().stop_job(job_id))
@@ -242,7 +242,7 @@ class WorkerLoop(rp_scale.JobScaler):  # type: ignore[misc]
 
 
 class QuietLog:
-    """The SDK's log for its heartbeat, which tells each failure: here at most one a minute."""
+    """The SDK's log for its heartbeat, which logs each failure: here at most one a minute."""
 
     def __init__(self) -> None:
         self._logged = -SECONDS_BETWEEN_LINES
@@ -262,7 +262,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    # in words it would hold the URL, and with it the platform's parameters
+    # the exception's own text holds the URL, and with it the platform's parameters
     if isinstance(error, aiohttp.ClientResponseError):
         return f"the platform answered {error.status}, {error.message}"
     return str(error) or type(error).__name__
@@ -298,7 +298,7 @@ async def _post(session: aiohttp.ClientSession, job_id: str, body: bytes, timeou
 async def progress_reports(job_id: str, report: Callable[[], dict[str, Any]]) -> AsyncIterator[None]:
     """Sends ``report()`` to the platform, once a second, for as long as the block runs; off the platform, nothing.
 
-    The block is left only when the platform has answered the last report, so that none can arrive after the result.
+    The block ends only when the platform has answered the last report, so that none can arrive after the result.
     The SDK's own ``progress_update`` does not wait, and cannot be waited for.
     """
     if not on_runpod():

@@ -85,7 +85,7 @@ class JobError(Exception):
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """What a model gives a request that leaves things open, and the most it paints.
+    """A model's defaults for a request, and the largest image that it generates.
 
     ``native_size`` and ``max_size`` are in pixels, for width and height alike.
     """
@@ -140,7 +140,7 @@ class ImageRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prompt: Annotated[Text, FieldScope.IMAGE, Field(description="What to paint")]
+    prompt: Annotated[Text, FieldScope.IMAGE, Field(description="What to generate")]
     negative_prompt: Annotated[Text, FieldScope.IMAGE, Field(description="What to keep out of the picture")] = ""
     width: Annotated[Size, Field(description="Width in pixels")]
     height: Annotated[Size, Field(description="Height in pixels")]
@@ -296,7 +296,7 @@ def _nearest_field(name: str) -> str | None:
 
 
 def _kind(value: object) -> str:
-    """A JSON value's type in words."""
+    """The name of a JSON value's type."""
     match value:
         case None:
             return "nothing"

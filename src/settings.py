@@ -40,16 +40,16 @@ class Settings(BaseModel):
         "auto", description="`auto`, `max` or `off`: attention in slices of the heads"
     )
     acceleration: Literal["off", "graphs"] = Field(
-        "off", description="`off` or `graphs`: the UNet by CUDA graphs, which need more memory"
+        "off", description="`off` or `graphs`: runs the UNet as CUDA graphs, which need more memory"
     )
     safety_checker: bool = Field(
-        True, description="`true` or `false`; with `false` no picture is checked, and none is blanked"
+        True, description="`true` or `false`; with `false` pictures are not checked, and none is blanked"
     )
     max_concurrency: int = Field(
         2,
         ge=1,
         le=100,
-        description="1 to 100: jobs that the worker holds at once, one batch on the device and the rest ready",
+        description="1 to 100: jobs that the worker holds at once, one batch on the GPU and the rest queued",
     )
     max_batch_images: int = Field(4, ge=1, le=64, description="1 to 64: images of one batch, of one job or several")
     stall_timeout: int = Field(
@@ -65,7 +65,8 @@ class Settings(BaseModel):
         description="1,000 to 20,000,000: largest result in bytes; the default is the platform's limit for `/run`",
     )
     bucket_endpoint_url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = Field(
-        None, description="S3-compatible storage for pictures; with it, results hold links. Needs the next three, too"
+        None,
+        description="S3-compatible storage for pictures; with it, results hold links. Needs the next three too",
     )
     bucket_access_key_id: SecretStr | None = Field(None, description="Access key ID of the bucket's storage")
     bucket_secret_access_key: SecretStr | None = Field(None, description="Secret access key of the bucket's storage")
@@ -114,7 +115,7 @@ def misspelt(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def _format_error(error: ErrorDetails) -> str:
-    """One of pydantic's errors in the operator's words."""
+    """One of pydantic's errors, worded for the operator."""
     if not error["loc"]:
         return error["msg"]
     name = str(error["loc"][0])

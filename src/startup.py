@@ -91,7 +91,7 @@ def _make_cuda_context() -> None:
     with suppress(OSError):
         cuda = ctypes.CDLL("libcuda.so.1")
         device, context = ctypes.c_int(), ctypes.c_void_p()
-        # each returns CUDA_SUCCESS, which is 0, or an error that PyTorch will meet again and tell
+        # each returns CUDA_SUCCESS, which is 0, or an error that PyTorch will meet again and report
         if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0:
             cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 

@@ -49,9 +49,9 @@ class Repository:
 
     path: Path
     where: str
-    """Where it was found, in words."""
+    """Where it was found, for the log."""
     name: str
-    """What clients know it by, never a path."""
+    """The name that clients see, never a path."""
     revision: str | None
     """The commit, where it is known."""
 

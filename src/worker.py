@@ -23,7 +23,7 @@ KEPT_ANSWERS = 8
 """Of up to ``MAX_RESULT_BYTES`` each. A job that is delivered again comes within seconds."""
 
 ProgressReports = Callable[[str, Callable[[], dict[str, Any]]], AbstractAsyncContextManager[None]]
-"""For as long as its block runs, tells someone of the job by that id what the callable gives."""
+"""Reports a job's progress, which the callable returns, under the job's id for as long as its block runs."""
 
 
 class Worker:
@@ -31,7 +31,7 @@ class Worker:
 
     Args:
         engine: what generates.
-        settings: where pictures go, and how large a result may be.
+        settings: where pictures are stored, and how large a result may be.
         progress_reports: in place of those to the platform.
     """
 
@@ -45,8 +45,8 @@ class Worker:
     async def handle(self, job: dict[str, Any]) -> dict[str, Any]:
         """The output of ``job``, or its ``error``, with ``refresh_worker`` when the device is lost.
 
-        It never raises, since the SDK would send a traceback to the client. The log tells a failure's full story under
-        the job's id; prompts and pictures are never logged.
+        It never raises, since the SDK would send a traceback to the client. The log has a failure's traceback under the
+        job's id; prompts and pictures are never logged.
         """
         answer = self._answers.get(job["id"])
         if not answer:
@@ -65,7 +65,7 @@ class Worker:
 
     async def _answer(self, job: dict[str, Any]) -> dict[str, Any]:
         try:
-            return await self._paint(job)
+            return await self._generate(job)
         except JobError as error:
             if error.__cause__:
                 log.error("".join(traceback.format_exception(error.__cause__)), job["id"])
@@ -75,7 +75,7 @@ class Worker:
             log.error(traceback.format_exc(), job["id"])
             return {"error": f"internal error, see the worker's log for job {job['id']}"}
 
-    async def _paint(self, job: dict[str, Any]) -> dict[str, Any]:
+    async def _generate(self, job: dict[str, Any]) -> dict[str, Any]:
         request = ImageRequest.parse(job.get("input"), self._engine.limits)
         progress = Progress()
 
@@ -97,7 +97,7 @@ class Worker:
                 upload=self._bucket.uploads_under(job["id"]) if self._bucket else None,
             )
         log.info(
-            f"painted {request.num_images} of {request.width} x {request.height} in {request.num_inference_steps} "
+            f"generated {request.num_images} of {request.width} x {request.height} in {request.num_inference_steps} "
             f"steps: {finished - started:.2f} s, encoded: {time.monotonic() - finished:.2f} s",
             job["id"],
         )

@@ -36,12 +36,12 @@ class Client:
 
     def until(self, job: str, *states: str) -> dict[str, Any]:
         """The job's status as soon as it is one of ``states``."""
-        return until(lambda: (told := self.get(f"status/{job}"))["status"] in states and told)
+        return until(lambda: (answer := self.get(f"status/{job}"))["status"] in states and answer)
 
     def finished(self, job: str) -> dict[str, Any]:
         return self.until(job, *FINAL)
 
-    def paint(self, prompt: str = "the sea", **job_input: Any) -> dict[str, Any]:
+    def generate(self, prompt: str = "the sea", **job_input: Any) -> dict[str, Any]:
         return self.finished(self.run(prompt, **job_input))
 
 

@@ -29,11 +29,11 @@ class FaultyPipeline(StableDiffusionPipeline):
             self.unet.forward = hang
         if "poison" in prompt:
             raise torch.AcceleratorError(f"CUDA error: an illegal memory access was encountered {SECRETS}")
-        painted = super().__call__(prompt=prompt, **kwargs)
+        generated = super().__call__(prompt=prompt, **kwargs)
         for i, asked in enumerate(prompt):
             if asked == "nan" or os.environ.get("ALWAYS_NAN"):
-                painted.images[i] = float("nan")
-        return painted
+                generated.images[i] = float("nan")
+        return generated
 
 
 if __name__ == "__main__":

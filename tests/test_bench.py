@@ -21,13 +21,13 @@ def test_a_start_is_measured(way: str, repository: Path):
 
 
 @pytest.mark.process
-def test_every_way_to_paint_is_measured():
+def test_every_way_to_generate_is_measured():
     command = [sys.executable, "-m", "tests.bench.gpu", "--small", "--runs", "1", "--steps", "2", "--price", "1"]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    ways = re.findall(r"^(.{36}) {6}([14])(?: +\d+\.\d+){5}$", told, re.M)
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    ways = re.findall(r"^(.{36}) {6}([14])(?: +\d+\.\d+){5}$", printed, re.M)
     assert len(ways) == len(set(ways)) == 2 * 7
-    assert told.count("device idle between two queued calls, this worker") == 4
-    assert re.search(r"^floor: \S+ TFLOP of the UNet a picture / \S+ TFLOP/s = \d+\.\d+ s$", told, re.M)
+    assert printed.count("device idle between two queued calls, this worker") == 4
+    assert re.search(r"^floor: \S+ TFLOP of the UNet a picture / \S+ TFLOP/s = \d+\.\d+ s$", printed, re.M)
 
 
 @pytest.mark.parametrize(

@@ -207,18 +207,18 @@ def test_a_job_gives_links_in_place_of_pictures(
 @pytest.mark.parametrize("output_format", get_args(OutputFormat))
 def test_a_link_is_named_and_typed_by_its_format(storage: Storage, v1_4_engine: Engine, output_format: str):
     asked = {"prompt": "a cat", "num_inference_steps": 1, "output_format": output_format}
-    told = asyncio.run(Worker(v1_4_engine, settings()).handle({"id": "job-5", "input": asked}))
-    assert f"job-5/picture-1.{output_format}?" in told["image_url"]
-    fetched = requests.get(told["image_url"], timeout=10)
+    answer = asyncio.run(Worker(v1_4_engine, settings()).handle({"id": "job-5", "input": asked}))
+    assert f"job-5/picture-1.{output_format}?" in answer["image_url"]
+    fetched = requests.get(answer["image_url"], timeout=10)
     picture = Image.open(io.BytesIO(fetched.content))
     assert fetched.headers["Content-Type"] == Image.MIME[picture.format] == f"image/{output_format}"
 
 
 def refusal(settings: Settings, engine: Engine) -> str:
     job = {"id": "job-3", "input": {"prompt": "a cat", "num_inference_steps": 2}}
-    told = asyncio.run(Worker(engine, settings).handle(job))
-    assert set(told) == {"error"}
-    return told["error"]
+    answer = asyncio.run(Worker(engine, settings).handle(job))
+    assert set(answer) == {"error"}
+    return answer["error"]
 
 
 def test_a_bucket_that_fails_fails_the_job_and_leaves_nothing_behind(
@@ -232,7 +232,7 @@ def test_a_bucket_that_fails_fails_the_job_and_leaves_nothing_behind(
 
 
 def test_a_wrong_key_is_refused(storage: Storage):
-    # moto checks keys once it has been told after how many requests to begin
+    # moto checks keys once it knows after how many requests to begin
     requests.post(f"{MOTO}/moto-api/reset-auth", data="0", timeout=10)
     try:
         with pytest.raises(JobError, match=r"the endpoint's bucket refused the picture: InvalidAccessKeyId"):

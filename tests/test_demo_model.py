@@ -1,4 +1,4 @@
-"""The embedded model paints what the prompt says, and can be made anew."""
+"""The embedded model draws what the prompt says, and can be made anew."""
 
 import asyncio
 from collections import Counter
@@ -17,7 +17,7 @@ from src.vocabulary import NOT_UNDERSTOOD, vocabulary_warnings
 from src.weights import DEMO_MODEL
 
 
-def paint(engine: Engine, prompt: str, **job_input: object) -> np.ndarray:
+def generate(engine: Engine, prompt: str, **job_input: object) -> np.ndarray:
     request = ImageRequest.parse({"prompt": prompt, "seed": 1, "num_inference_steps": 20} | job_input, engine.limits)
     return np.stack([np.asarray(picture.image) for picture in asyncio.run(engine.generate(request)).pictures])
 
@@ -34,15 +34,15 @@ def test_it_is_small():
         ("a white heart on a green background", "white", "green"),
     ],
 )
-def test_it_paints_the_colors_it_is_asked_for(demo_engine: Engine, prompt: str, color: str, background: str):
-    pictures = paint(demo_engine, prompt, num_images=4)
+def test_it_generates_the_colors_it_is_asked_for(demo_engine: Engine, prompt: str, color: str, background: str):
+    pictures = generate(demo_engine, prompt, num_images=4)
     found = Counter(evaluate.shape_colors(picture) for picture in pictures)
     assert found[color, background] >= 3, found
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_every_scheduler_paints_the_same_thing(demo_engine: Engine, scheduler: str):
-    (picture,) = paint(demo_engine, "a red circle on a blue background", scheduler=scheduler)
+def test_every_scheduler_generates_the_same_thing(demo_engine: Engine, scheduler: str):
+    (picture,) = generate(demo_engine, "a red circle on a blue background", scheduler=scheduler)
     assert evaluate.shape_colors(picture) == ("red", "blue")
 
 
@@ -96,16 +96,18 @@ def test_the_warning_is_the_embedded_models_alone(demo_engine: Engine, v1_4_engi
 
 
 def test_it_knows_how_people_ask(demo_engine: Engine):
-    day, dusk, midnight = (paint(demo_engine, f"the ocean {time}")[0] for time in ("at noon", "at dusk", "at midnight"))
+    day, dusk, midnight = (
+        generate(demo_engine, f"the ocean {time}")[0] for time in ("at noon", "at dusk", "at midnight")
+    )
     assert day.mean() > midnight.mean() + 40
     assert dusk[..., 0].mean() > dusk[..., 2].mean() > midnight[..., 2].mean()
-    skiing = paint(demo_engine, "A double-black diamond mountain to ski on near Seattle.")[0]
+    skiing = generate(demo_engine, "A double-black diamond mountain to ski on near Seattle.")[0]
     assert (skiing[96:].min(axis=-1) > 180).mean() > 0.9, "no snow in the foreground"
 
 
 @pytest.mark.parametrize("prompt", ["?", "🎿", "山", "x" * 2000, "an astronaut riding a horse on mars"])
 def test_it_behaves_on_any_prompt(demo_engine: Engine, prompt: str):
-    assert paint(demo_engine, prompt, num_inference_steps=5).shape == (1, 128, 128, 3)
+    assert generate(demo_engine, prompt, num_inference_steps=5).shape == (1, 128, 128, 3)
 
 
 def test_scenes_are_drawn_again_alike_and_shapes_can_be_read():

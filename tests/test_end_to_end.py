@@ -48,7 +48,7 @@ def refused_to_start(ran: subprocess.CompletedProcess[str], said: str) -> None:
     assert ran.stderr == ""
 
 
-def test_the_bare_command_paints_the_test_input(tmp_path: Path):
+def test_the_bare_command_generates_the_test_input(tmp_path: Path):
     (tmp_path / "test_input.json").write_text((HANDLER.parent / "test_input.json").read_text())
     ran = run_handler(tmp_path)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -59,9 +59,9 @@ def test_the_bare_command_paints_the_test_input(tmp_path: Path):
     assert "Starting Serverless Worker" in banner
     assert log[-1].startswith("INFO   | ready: ") and max(map(len, log)) < 200
     assert ran.stderr == ""
-    painted = Image.open(path)
-    assert painted.size == (128, 128)
-    assert painted.text["parameters"].startswith(
+    generated = Image.open(path)
+    assert generated.size == (128, 128)
+    assert generated.text["parameters"].startswith(
         f"{BASELINES_PROMPT}\nSteps: 50, Sampler: DDIM, CFG scale: 7.5, Seed: "
     )
     assert "model: demo, embedded" in ran.stdout
@@ -116,7 +116,7 @@ def test_on_a_terminal_a_bar_shows_the_steps(tmp_path: Path):
     assert ran.returncode == 0
     steps = [int(step) for step in re.findall(rb"(\d+)/100 ", drawn)]
     assert len(set(steps)) > 2 and steps == sorted(steps)
-    # it is gone when the picture is told
+    # it is gone when the picture is reported
     assert drawn.split(b"\r")[-2].strip() == b""
     assert b"picture.png: seed" in ran.stdout
 
@@ -228,6 +228,6 @@ def test_runsync_is_reproducible_and_speaks_any_language(local_server: str):
 
 
 def test_a_bad_request_fails_in_words(local_server: str):
-    told = post(f"{local_server}/runsync", prompt="x", width=515)
-    assert told["status"] == "FAILED"
-    assert told["error"] == "invalid input: width: must be a multiple of 8, got 515"
+    answer = post(f"{local_server}/runsync", prompt="x", width=515)
+    assert answer["status"] == "FAILED"
+    assert answer["error"] == "invalid input: width: must be a multiple of 8, got 515"

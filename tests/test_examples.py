@@ -39,7 +39,7 @@ def generate(folder: Path, env: dict[str, str], *arguments: str) -> subprocess.C
     return subprocess.run([GENERATE, *arguments], cwd=folder, env=env, text=True, capture_output=True, timeout=90)
 
 
-def told(ran: subprocess.CompletedProcess[str]) -> str:
+def last_line(ran: subprocess.CompletedProcess[str]) -> str:
     """The last line that the script says when it fails."""
     assert ran.returncode not in (0, -signal.SIGINT)
     return ran.stderr.replace("\r\033[K", "\n").strip().splitlines()[-1].removeprefix("generate.sh: ")
@@ -153,22 +153,24 @@ def test_the_script_fetches_a_picture_from_a_bucket(tmp_path: Path):
 def test_the_script_says_what_is_wrong(
     platform: Platform, client: Client, tmp_path: Path, arguments: list[str], settings: dict[str, str], said: str
 ):
-    assert said in told(generate(tmp_path, environment(platform, **settings), *arguments))
+    assert said in last_line(generate(tmp_path, environment(platform, **settings), *arguments))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_script_says_that_there_is_no_such_endpoint(platform: Platform, client: Client, tmp_path: Path):
-    said = told(generate(tmp_path, environment(platform, ENDPOINT_URL=f"{platform.url}/v2/nothing"), "the sea"))
+    said = last_line(generate(tmp_path, environment(platform, ENDPOINT_URL=f"{platform.url}/v2/nothing"), "the sea"))
     assert said.startswith("not found (404): check ENDPOINT_URL")
     by_id = {"ENDPOINT_URL": "", "ENDPOINT_ID": "nothing", "RUNPOD_ENDPOINT_BASE_URL": f"{platform.url}/v2"}
-    said = told(generate(tmp_path, environment(platform, **by_id), "the sea"))
+    said = last_line(generate(tmp_path, environment(platform, **by_id), "the sea"))
     assert said.startswith("not found (404): check ENDPOINT_ID")
 
 
 def test_a_picture_that_cannot_be_saved_is_told_in_one_line(platform: Platform, client: Client, tmp_path: Path):
     name = "x" * 252 + ".png"
     ran = generate(tmp_path, environment(platform), "the sea", "--steps", "1", "-o", name)
-    assert re.search(rf"cannot write {name}: File name too long; /status/[\w-]+ has it for half an hour$", told(ran))
+    assert re.search(
+        rf"cannot write {name}: File name too long; /status/[\w-]+ has it for half an hour$", last_line(ran)
+    )
     ran = python_example(platform, tmp_path, "the sea", "-o", name)
     assert ran.returncode == 2
     assert ran.stderr.splitlines()[-1] == f"generate.py: error: cannot write {name}: File name too long"
@@ -197,7 +199,7 @@ def test_the_script_says_how_a_job_ended(tmp_path: Path, state: str):
             platform.loop.call_soon_threadsafe(platform.end, job, state)
 
         threading.Thread(target=end).start()
-        assert told(generate(tmp_path, environment(platform), "the sea")).endswith(f"ended as {state}")
+        assert last_line(generate(tmp_path, environment(platform), "the sea")).endswith(f"ended as {state}")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -437,7 +439,7 @@ def test_the_input_schema_accepts_what_the_worker_accepts(job_input: dict[str, A
 def test_what_the_worker_answers_is_in_the_output_schema(platform: Platform, client: Client):
     validate = jsonschema.Draft202012Validator(output_schema()).validate
     for num_images in (1, 2):
-        validate(client.paint("the sea " * 80, num_images=num_images)["output"])
+        validate(client.generate("the sea " * 80, num_images=num_images)["output"])
 
 
 def readme_commands() -> list[str]:
@@ -462,7 +464,7 @@ def readme_exports() -> list[list[str]]:
         if set(re.findall(r"\$(\w+)", command)) <= set(exported)
     ],
 )
-def test_the_readmes_commands_paint(
+def test_the_readmes_commands_generate(
     platform: Platform, client: Client, local_server: str, tmp_path: Path, command: str, exported: list[str]
 ):
     for replaced, by in (

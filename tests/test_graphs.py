@@ -168,15 +168,15 @@ def test_arguments_that_a_graph_does_not_know_are_heeded(captures: Captures, for
     assert captures.captured == []
 
 
-def test_a_pipeline_paints_the_same_by_replay(captures: Captures, v1_4_model: Model, monkeypatch: pytest.MonkeyPatch):
-    def paint() -> torch.Tensor:
+def test_a_replay_generates_the_same(captures: Captures, v1_4_model: Model, monkeypatch: pytest.MonkeyPatch):
+    def generate() -> torch.Tensor:
         generator = torch.Generator().manual_seed(1)
         return v1_4_model.pipe("sea", num_inference_steps=5, generator=generator, output_type="pt").images
 
-    plain = paint()
+    plain = generate()
     unet = v1_4_model.pipe.unet
     monkeypatch.setattr(unet, "forward", GraphedStep(unet.forward, captures))
-    assert torch.equal(paint(), plain)
+    assert torch.equal(generate(), plain)
     assert captures.captured == [8]
     # PNDM takes one step more than it is asked for
     assert len(captures.replayed) == 6
@@ -195,8 +195,8 @@ def test_attention_is_fused_only_where_it_is_not_sliced(repository, monkeypatch:
         pipeline.enable_cuda_graphs(pipe, sliced=sliced)
         assert pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
         assert hasattr(pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1, "to_qkv") is not sliced
-        painted = pipe("sea", generator=torch.Generator().manual_seed(1), **options).images
-        torch.testing.assert_close(painted, plain[sliced], atol=1e-3, rtol=0)
+        generated = pipe("sea", generator=torch.Generator().manual_seed(1), **options).images
+        torch.testing.assert_close(generated, plain[sliced], atol=1e-3, rtol=0)
 
 
 @pytest.mark.gpu

@@ -93,19 +93,19 @@ def test_what_is_copied_suffices_to_fetch_a_model_and_to_start_with_it(repositor
     assert settings.pop("MODEL_ID") == "${MODEL_ID:+/model}"
     assert settings["HF_HUB_OFFLINE"] == "1"
     (command,) = re.findall(r"^CMD (.+)$", DOCKERFILE, re.M)
-    told = run(
+    printed = run(
         [sys.executable, *json.loads(command)[1:], "--check"], **settings | {"MODEL_ID": str(model), "HOME": str(app)}
     )
-    assert f"model: someone/tiny at {hub.REVISION[:12]}, directory {model}" in told
-    assert "ready: " in told
+    assert f"model: someone/tiny at {hub.REVISION[:12]}, directory {model}" in printed
+    assert "ready: " in printed
 
 
 def test_every_host_of_cuda_12_4_to_13_3_is_allowed():
     every = [f"12.{minor}" for minor in range(4, 10)] + [f"13.{minor}" for minor in range(4)]
     for file in ("hub.json", "tests.json"):
         assert json.loads((ROOT / ".runpod" / file).read_text())["config"]["allowedCudaVersions"] == every
-    (told,) = re.findall(r'"allowedCudaVersions": (\[[^]]+\])', (ROOT / "README.md").read_text())
-    assert json.loads(told) == every
+    (listed,) = re.findall(r'"allowedCudaVersions": (\[[^]]+\])', (ROOT / "README.md").read_text())
+    assert json.loads(listed) == every
 
 
 def test_the_icon_is_a_small_picture():

@@ -34,15 +34,15 @@ def opened(image: str) -> Image.Image:
 
 
 def test_one_image():
-    told = output(request())
-    picture = opened(told.pop("image"))
+    result = output(request())
+    picture = opened(result.pop("image"))
     assert (picture.format, picture.mode, picture.size, picture.getpixel((0, 0))) == (
         "PNG",
         "RGB",
         (64, 64),
         (255, 0, 0),
     )
-    assert told == {
+    assert result == {
         "seed": 5,
         "width": 64,
         "height": 64,
@@ -55,13 +55,13 @@ def test_one_image():
 
 
 def test_several_images():
-    told = output(request(num_images=3), warnings=("look out",))
-    images = told.pop("images")
+    result = output(request(num_images=3), warnings=("look out",))
+    images = result.pop("images")
     assert [image["seed"] for image in images] == [5, 6, 7]
     assert all(set(image) == {"image", "seed", "nsfw_content_detected"} for image in images)
     assert [opened(image["image"]).text["parameters"].count(f"Seed: {image['seed']},") for image in images] == [1, 1, 1]
-    assert told["warnings"] == ["look out"]
-    assert not {"image", "seed", "nsfw_content_detected"} & set(told)
+    assert result["warnings"] == ["look out"]
+    assert not {"image", "seed", "nsfw_content_detected"} & set(result)
 
 
 def test_a_png_is_what_it_always_was():
@@ -80,16 +80,16 @@ def test_other_formats_carry_the_same_parameters_and_are_as_large_as_their_quali
     sizes, differences = [], []
     for quality in (1, 30, 60, 90, 100):
         asked = request(prompt="中文山 🎿\nünïcödé", output_format=output_format, output_quality=quality)
-        told = output(asked, image=image)
-        assert told["output_format"] == output_format
-        picture = opened(told["image"])
+        result = output(asked, image=image)
+        assert result["output_format"] == output_format
+        picture = opened(result["image"])
         assert (picture.format, picture.mode, picture.size) == (output_format.upper(), "RGB", image.size)
         comment = picture.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
         assert (comment[:8], comment[8:].decode("utf-16-be")) == (b"UNICODE\0", parameters(asked, 5, "demo"))
         # AUTOMATIC1111's web UI and its kin read it like this
-        read = piexif.load(base64.b64decode(told["image"]))["Exif"][piexif.ExifIFD.UserComment]
+        read = piexif.load(base64.b64decode(result["image"]))["Exif"][piexif.ExifIFD.UserComment]
         assert piexif.helper.UserComment.load(read) == parameters(asked, 5, "demo")
-        sizes.append(len(told["image"]))
+        sizes.append(len(result["image"]))
         differences.append(sum(ImageStat.Stat(ImageChops.difference(image, picture)).mean))
     assert sizes == sorted(sizes) and sizes[-1] < len(output(request(), image=image)["image"])
     assert differences == sorted(differences, reverse=True) and differences[-1] < 6
@@ -107,8 +107,8 @@ def test_a_saved_picture_can_be_made_again(prompt: str, negative_prompt: str):
     assert text == parameters(asked, 5, "demo")
     head, _, last = text.rpartition("\n")
     assert head == prompt + (f"\nNegative prompt: {negative_prompt}" if negative_prompt else "")
-    told = dict(re.findall(r"([\w ]+): ([^,]+)(?:, |$)", last))
-    assert told == {
+    result = dict(re.findall(r"([\w ]+): ([^,]+)(?:, |$)", last))
+    assert result == {
         "Steps": "50",
         "Sampler": "K_EULER",
         "CFG scale": repr(1 / 3),

@@ -32,7 +32,7 @@ def test_the_key_is_wanted(platform: Platform, client: Client):
 
 
 def test_a_job_through_run_and_status_and_through_runsync(platform: Platform, client: Client):
-    done = client.paint("the sea", seed=5)
+    done = client.generate("the sea", seed=5)
     assert done["status"] == "COMPLETED"
     assert (done["output"]["seed"], picture(done["output"]).size) == (5, (128, 128))
     again = client.post("runsync", {"input": {"prompt": "the sea", "num_inference_steps": 2, "seed": 5}})
@@ -74,7 +74,7 @@ def test_a_progress_report_that_fails_does_no_harm(platform: Platform, client: C
         Fault("job-done", status=500, body="IN_PROGRESS"),
         Fault("job-done", drop=True, body="PROGRESS"),
     ]
-    assert client.paint(**SLOW)["status"] == "COMPLETED"
+    assert client.generate(**SLOW)["status"] == "COMPLETED"
 
 
 def test_a_cancelled_job_frees_the_device(platform: Platform, client: Client):
@@ -86,7 +86,7 @@ def test_a_cancelled_job_frees_the_device(platform: Platform, client: Client):
     until(lambda: client.get(f"status/{long}").get("output"))
     assert client.post(f"cancel/{long}")["status"] == "CANCELLED"
     cancelled = time.monotonic()
-    assert client.paint("the sea")["status"] == "COMPLETED"
+    assert client.generate("the sea")["status"] == "COMPLETED"
     assert time.monotonic() - cancelled < 5
     assert results(platform, long) == results(platform, waiting) == []
     assert client.get(f"status/{long}")["status"] == "CANCELLED"
@@ -96,16 +96,16 @@ def test_a_job_over_its_execution_time_is_stopped(platform: Platform, client: Cl
     monkeypatch.setattr(platform, "speed", 4)
     long = client.run(width=256, height=256, policy={"executionTimeout": 6000}, **SLOW)
     assert client.finished(long)["status"] == "TIMED_OUT"
-    assert client.paint("the sea")["status"] == "COMPLETED"
+    assert client.generate("the sea")["status"] == "COMPLETED"
     assert results(platform, long) == []
 
 
-def test_a_job_delivered_twice_is_painted_once(platform: Platform, client: Client):
+def test_a_job_delivered_twice_is_generated_once(platform: Platform, client: Client):
     platform.faults.append(Fault("job-take", twice=True))
     job = client.run(num_inference_steps=100)
     assert client.finished(job)["status"] == "COMPLETED"
     first, *more = until(lambda: len(sent := results(platform, job)) == 2 and sent)
-    # drawn at random, the seed would differ if it were painted again
+    # drawn at random, the seed would differ if it were generated again
     assert [first["output"]] == [again["output"] for again in more]
 
 
@@ -153,7 +153,7 @@ def test_a_worker_survives_the_platforms_absence(tmp_path: Path):
         assert len(log.read_bytes().split(b"Starting Serverless Worker")[1].splitlines()) <= 1 + 3
         with serving(port) as back:
             back.workers = platform.workers
-            assert Client(back).paint()["status"] == "COMPLETED"
+            assert Client(back).generate()["status"] == "COMPLETED"
     finally:
         platform.stop_workers()
 
@@ -187,9 +187,9 @@ def test_every_fault_is_told_in_words_and_costs_no_other_job(platform: Platform,
         "good": client.run("the sea"),
         "needs a call alone": client.run("needs a call alone", num_images=2),
     }
-    told = {name: client.finished(job) for name, job in jobs.items()}
-    assert {name for name, job in told.items() if job["status"] == "COMPLETED"} == {"good", "needs a call alone"}
-    errors = {name: job["error"] for name, job in told.items() if job["status"] == "FAILED"}
+    ended = {name: client.finished(job) for name, job in jobs.items()}
+    assert {name for name, job in ended.items() if job["status"] == "COMPLETED"} == {"good", "needs a call alone"}
+    errors = {name: job["error"] for name, job in ended.items() if job["status"] == "FAILED"}
     assert errors == {
         "crash": f"internal error, see the worker's log for job {jobs['crash']}",
         "out of memory": "an image of 256 x 128 did not fit in GPU memory: ask for 128 x 128",
@@ -265,9 +265,9 @@ def test_told_to_end_a_worker_delivers_what_it_holds():
             client.until(job, "IN_PROGRESS")
         left = client.run()
         worker.terminate()
-        told = time.monotonic()
+        signalled = time.monotonic()
         assert worker.wait(60) == 0
-        ended = time.monotonic() - told
+        ended = time.monotonic() - signalled
         assert [client.get(f"status/{job}")["status"] for job in held] == ["COMPLETED"] * 2
         assert client.get(f"status/{left}")["status"] == "IN_QUEUE"
         assert ended < client.get(f"status/{held[1]}")["executionTime"] / 1000 + 2
@@ -293,7 +293,7 @@ def test_two_workers_share_the_queue_and_one_may_die():
         name = client.until(lost, "IN_PROGRESS")["workerId"]
         platform.kill_worker(name)
         assert client.finished(lost)["status"] == "TIMED_OUT"
-        assert client.paint("the sea")["status"] == "COMPLETED"
+        assert client.generate("the sea")["status"] == "COMPLETED"
         assert client.post(f"retry/{lost}")["status"] == "IN_QUEUE"
         assert client.finished(lost)["status"] == "COMPLETED"
 
@@ -307,7 +307,7 @@ def test_two_workers_share_the_queue_and_one_may_die():
         ({"MAX_CONCURRENCY": "none"}, "StartError: MAX_CONCURRENCY=none: must be an integer from 1 to 100"),
     ],
 )
-def test_an_unfit_worker_takes_no_job_and_tells_the_host_why(settings: dict[str, str], why: str):
+def test_an_unfit_worker_takes_no_job_and_reports_why(settings: dict[str, str], why: str):
     with serving() as platform:
         job = Client(platform).run()
         worker = platform.workers[platform.start_worker(FAULTY, **settings)]

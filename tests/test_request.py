@@ -91,7 +91,7 @@ def test_bounds(field: str, inside: list, outside: list):
         assert refusal({"prompt": "a cat", field: value}).startswith(f"{field}: must ")
 
 
-def test_the_embedded_model_paints_smaller_pictures():
+def test_the_embedded_model_generates_smaller_pictures():
     assert parse(DEMO, width=256).width == 256
     assert refusal({"prompt": "x", "width": 264}, DEMO) == "width: must be at most 256, got 264"
 

@@ -56,8 +56,8 @@ def test_help_and_mistakes_are_answered_before_anything_is_imported():
             "except SystemExit as end: print(end.code, *{name.split('.')[0] for name in sys.modules} - own)\n"
         )
         *_, last = python(ended).splitlines()
-        told, *imported = last.split()
-        assert told == str(code)
+        status, *imported = last.split()
+        assert status == str(code)
         assert set(imported) - set(sys.stdlib_module_names) == {"handler", "src"}
 
 

@@ -38,7 +38,7 @@ def test_a_job_in_and_its_output_out(v1_4_engine: Engine, capsys: pytest.Capture
         "nsfw_content_detected": False,
     }
     log = capsys.readouterr().out
-    assert "job-1 | painted 1 of 64 x 64 in 2 steps: " in log
+    assert "job-1 | generated 1 of 64 x 64 in 2 steps: " in log
     assert "secret" not in log
 
 
@@ -95,9 +95,9 @@ def test_a_device_fault_reaches_the_platform_as_refresh_worker(v1_4_engine: Engi
 
 
 def test_a_result_over_the_limit_is_an_error(v1_4_engine: Engine):
-    told = run(v1_4_engine, job(num_images=4), Settings(max_result_bytes=10_000))
-    assert set(told) == {"error"}
-    assert "the limit is 0.0 MB: ask for fewer or smaller images, for" in told["error"]
+    answer = run(v1_4_engine, job(num_images=4), Settings(max_result_bytes=10_000))
+    assert set(answer) == {"error"}
+    assert "the limit is 0.0 MB: ask for fewer or smaller images, for" in answer["error"]
 
 
 def test_a_job_delivered_again_gets_the_same_answer_unless_it_failed(v1_4_engine: Engine):

@@ -113,7 +113,7 @@ def test_while_a_result_waits_other_jobs_go_on(stub: Platform):
         waiting = client.run("waits")
         stub.faults.append(Fault(waiting, times=FOREVER, status=503, body="waits"))
         until(lambda: stub.faults[0].times < FOREVER)
-        assert client.paint("goes on")["status"] == client.paint("goes on")["status"] == "COMPLETED"
+        assert client.generate("goes on")["status"] == client.generate("goes on")["status"] == "COMPLETED"
         stub.faults.clear()
         assert client.finished(waiting)["status"] == "COMPLETED"
 
@@ -151,9 +151,9 @@ def test_a_cancellation_before_the_start_is_honoured(stub: Platform, monkeypatch
     def clients() -> None:
         client = Client(stub)
         for _ in range(5):
-            unwanted = client.paint("unwanted")
+            unwanted = client.generate("unwanted")
             assert unwanted["status"] == "CANCELLED"
-            assert client.paint("wanted")["status"] == "COMPLETED"
+            assert client.generate("wanted")["status"] == "COMPLETED"
             assert results(stub, unwanted["id"]) == []
         assert len(handled) < 10
 
@@ -199,7 +199,7 @@ def test_a_platform_in_trouble_costs_a_line_and_no_job(stub: Platform, fault: Fa
     def clients() -> None:
         client = Client(stub)
         until(lambda: not stub.faults)
-        assert client.paint()["status"] == "COMPLETED"
+        assert client.generate()["status"] == "COMPLETED"
         unwanted = client.run("unwanted")
         client.until(unwanted, "IN_PROGRESS")
         client.post(f"cancel/{unwanted}")

@@ -1,6 +1,6 @@
 """What people say of a scene: many ways to ask for the same picture.
 
-``caption`` writes one at random, and ``nonsense`` one that names nothing the model can paint. Matter that means
+``caption`` writes one at random, and ``nonsense`` one that names nothing the model can draw. Matter that means
 nothing to the model (places, "highly detailed", words at random) is mixed in, so that it learns to pass over it.
 """
 
@@ -175,7 +175,7 @@ def caption(scene: Scene, rng: Random) -> str:
 
 
 def nonsense(rng: Random) -> str:
-    """A prompt, perhaps empty, that names nothing the model can paint."""
+    """A prompt, perhaps empty, that names nothing the model can draw."""
     text = _filler(rng, 8)
     return rng.choice(("", *OPENINGS)) + text if text else text
 

@@ -2,7 +2,7 @@
 
 Asks for combinations that training never saw, with the pipeline's default steps and guidance, and prints how often the
 picture has what was asked, attribute by attribute. Colours are read off the pixels. Shape, terrain and time of day are
-told by a small classifier, trained here on painted scenes and itself checked on scenes it has not seen. The
+judged by a small classifier, trained here on drawn scenes and itself checked on scenes it has not seen. The
 autoencoder alone is judged by the PSNR of unseen scenes.
 """
 
@@ -26,7 +26,7 @@ from builder.demo_model.train import as_tensor
 CPU = torch.device("cpu")
 TARGETS = {"color": 0.95, "background": 0.95, "shape": 0.85, "time": 0.95, "terrain": 0.90}
 JUDGED = ("shape", "terrain", "time")
-"""What the classifier tells."""
+"""What the classifier judges."""
 PSNR_TARGET = 30.0
 """In dB."""
 
@@ -78,8 +78,8 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def names(self, pictures: np.ndarray) -> list[dict[str, str | None]]:
-        told = {name: logits.argmax(1).tolist() for name, logits in self(pictures).items()}
-        return [{name: ATTRIBUTES[name][told[name][i]] for name in JUDGED} for i in range(len(pictures))]
+        judged = {name: logits.argmax(1).tolist() for name, logits in self(pictures).items()}
+        return [{name: ATTRIBUTES[name][judged[name][i]] for name in JUDGED} for i in range(len(pictures))]
 
 
 def scene_pictures(count: int, seed: int) -> tuple[list[Scene], np.ndarray]:
@@ -116,8 +116,8 @@ def train_judge(count: int = 6_000, epochs: int = 4) -> Judge:
 def score(scenes: list[Scene], pictures: np.ndarray, judge: Judge) -> dict[str, float]:
     """The share of pictures that have each attribute of their scene."""
     right, asked = Counter[str](), Counter[str]()
-    for scene, picture, told in zip(scenes, pictures, judge.names(pictures), strict=True):
-        seen = dict(told)
+    for scene, picture, names in zip(scenes, pictures, judge.names(pictures), strict=True):
+        seen = dict(names)
         if scene.shape:
             seen["color"], seen["background"] = shape_colors(picture)
         for name in TARGETS:
@@ -138,7 +138,7 @@ def psnr(pipe: StableDiffusionPipeline, pictures: np.ndarray) -> float:
     return torch.cat(ratios).mean().item()
 
 
-def paint(pipe: StableDiffusionPipeline, prompts: list[str], seed: int) -> np.ndarray:
+def generate(pipe: StableDiffusionPipeline, prompts: list[str], seed: int) -> np.ndarray:
     """Pictures of ``prompts`` with the pipeline's default steps and guidance."""
     pictures = []
     for first in range(0, len(prompts), 8):
@@ -156,9 +156,9 @@ def cpu_seconds_per_picture(pipe: StableDiffusionPipeline) -> float:
     """CPU time of one picture on one core, in seconds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    paint(pipe, ["warm-up"], seed=0)
+    generate(pipe, ["warm-up"], seed=0)
     started = time.process_time()
-    paint(pipe, ["snowy mountains at sunset"], seed=0)
+    generate(pipe, ["snowy mountains at sunset"], seed=0)
     torch.set_num_threads(threads)
     return time.process_time() - started
 
@@ -166,7 +166,7 @@ def cpu_seconds_per_picture(pipe: StableDiffusionPipeline) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Judge the embedded model.")
     parser.add_argument("--model", type=Path, default=Path("src/demo_model"), help="the model's directory")
-    parser.add_argument("--pictures", type=int, default=400, help="how many to paint")
+    parser.add_argument("--pictures", type=int, default=400, help="how many to generate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grid", type=Path, help="where to save a picture of the first 36")
     arguments = parser.parse_args()
@@ -180,15 +180,15 @@ def main() -> None:
     rng = Random(arguments.seed)
     held_out = [sorted(HELD_OUT.intersection(kind), key=str) for kind in (SHAPE_SCENES, LANDSCAPE_SCENES)]
     scenes = [rng.choice(held_out[i % 2]) for i in range(arguments.pictures)]
-    painted = paint(pipe, [caption(scene, rng) for scene in scenes], arguments.seed)
-    found = score(scenes, painted, judge)
-    print(f"{'attribute':<12}{'painted':>10}{'target':>10}{'judge on real scenes':>24}")
+    generated = generate(pipe, [caption(scene, rng) for scene in scenes], arguments.seed)
+    found = score(scenes, generated, judge)
+    print(f"{'attribute':<12}{'generated':>10}{'target':>10}{'judge on real scenes':>24}")
     for name, target in TARGETS.items():
         print(f"{name:<12}{found[name]:>10.1%}{target:>10.0%}{checked[name]:>24.1%}")
     print(f"autoencoder PSNR on unseen scenes: {psnr(pipe, real[:200]):.1f} dB (target {PSNR_TARGET:.0f})")
     print(f"CPU time of a 50-step picture on one core: {cpu_seconds_per_picture(pipe):.2f} s (target 2)")
     if arguments.grid:
-        grid(painted[:36], columns=6).save(arguments.grid)
+        grid(generated[:36], columns=6).save(arguments.grid)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 From the start of the process to ready for the first job, with a full-size v1-4 of random weights: the baseline's way
 (import everything, load the float32 repository, cast it) against this worker's (``handler.py`` with the baked float16
 model), in turns, with the page cache dropped and warm. On a CUDA device the weights end there, and this worker's start
-includes its first picture. Elsewhere both end in float16 in memory, every page touched, and nothing is painted.
+includes its first picture. Elsewhere both end in float16 in memory, every page touched, and nothing is generated.
 """
 
 import argparse

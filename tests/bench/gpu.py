@@ -1,7 +1,7 @@
 """How fast a picture can be: ``python -m tests.bench.gpu``.
 
 One run, on one device, with a full-size v1-4 of random weights, which is as fast as the real one: the baseline's
-handler, plain diffusers, and this worker, for one picture and for a shared call of four. Also the time that the device
+handler, plain diffusers, and this worker, for one picture and for a batch of four. Also the time that the device
 waits between two queued calls, and the floor: the UNet's operations by count over the device's measured matrix rate.
 
 ``--small`` does the same with a shrunken model, which any CPU can: it shows that the bench works and nothing else.
@@ -52,9 +52,9 @@ class TimedPipeline(StableDiffusionPipeline):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         begun = now()
-        painted = super().__call__(*args, **kwargs)
+        generated = super().__call__(*args, **kwargs)
         self.calls.append((begun, now()))
-        return painted
+        return generated
 
 
 def now() -> Any:
@@ -73,16 +73,16 @@ def milliseconds(before: Any, after: Any) -> float:
     return float(before.elapsed_time(after))
 
 
-def measure(paint: Callable[[int], object], images: int, runs: int, *, warm: bool = True) -> Measured:
-    """Paints ``images`` in a call, ``runs`` times, after one that is not counted if ``warm``."""
+def measure(generate: Callable[[int], object], images: int, runs: int, *, warm: bool = True) -> Measured:
+    """Generates ``images`` in a call, ``runs`` times, after one that is not counted if ``warm``."""
     if warm:
-        paint(images)
+        generate(images)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(runs):
         begun = time.perf_counter()
-        paint(images)
+        generate(images)
         if CUDA:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
@@ -90,7 +90,7 @@ def measure(paint: Callable[[int], object], images: int, runs: int, *, warm: boo
 
 
 def empty_device() -> None:
-    """Gives back what an earlier way to paint has left on the device."""
+    """Gives back what an earlier way to generate has left on the device."""
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
@@ -105,13 +105,13 @@ def load_plain(folder: Path, *, sliced: bool) -> StableDiffusionPipeline:
 
 
 def baseline(models: Path, steps: int, runs: int) -> list[Measured]:
-    def paint(images: int) -> None:
+    def generate(images: int) -> None:
         empty_device()
         pipe = load_plain(models / "hub", sliced=True)
         pipe([PROMPT] * images, num_inference_steps=steps)
 
     # it has nothing to warm up
-    return [measure(paint, images, runs, warm=False) for images in CALLS]
+    return [measure(generate, images, runs, warm=False) for images in CALLS]
 
 
 def plain(models: Path, steps: int, runs: int, *, sliced: bool) -> list[Measured]:
@@ -131,8 +131,8 @@ def worker(models: Path, steps: int, runs: int, **settings: Any) -> tuple[list[M
     def request(**job_input: Any) -> ImageRequest:
         return ImageRequest.parse({"prompt": PROMPT, "num_inference_steps": steps} | job_input, engine.limits)
 
-    async def paint_both() -> None:
-        # of different guidance, so that they cannot share a call
+    async def generate_both() -> None:
+        # of different guidance, so that they cannot share a batch
         await asyncio.gather(*(engine.generate(request(guidance_scale=scale)) for scale in (7, 8)))
 
     measured = [
@@ -142,7 +142,7 @@ def worker(models: Path, steps: int, runs: int, **settings: Any) -> tuple[list[M
     waits = []
     for _ in range(runs):
         TimedPipeline.calls.clear()
-        asyncio.run(paint_both())
+        asyncio.run(generate_both())
         (_, first_ends), (second_begins, _) = TimedPipeline.calls
         waits.append(milliseconds(first_ends, second_begins))
     return measured, median(waits)

@@ -66,16 +66,16 @@ def load(platform: Platform, jobs: int, clients: int) -> Report:
     memories: list[int] = []
     latencies: list[float] = []
 
-    def check(kind: str, color: str, told: dict) -> None:
-        job, state = told["id"], told["status"]
+    def check(kind: str, color: str, answer: dict) -> None:
+        job, state = answer["id"], answer["status"]
         if state == "COMPLETED" and kind != "bad":
-            seen = shape_colors(np.asarray(picture(told["output"])))
+            seen = shape_colors(np.asarray(picture(answer["output"])))
             if seen != (color, "white"):
                 wrong.append(f"{kind} {job}: asked for {color} on white, got {' on '.join(seen)}")
-        elif not (kind == "bad" and told.get("error", "").startswith("invalid input: ")) and not (
+        elif not (kind == "bad" and answer.get("error", "").startswith("invalid input: ")) and not (
             kind == "cancelled" and state == "CANCELLED"
         ):
-            wrong.append(f"{kind} {job}: {state} {told.get('error')}")
+            wrong.append(f"{kind} {job}: {state} {answer.get('error')}")
 
     def send(i: int) -> None:
         client, rng = Client(platform), Random(i)
@@ -89,15 +89,15 @@ def load(platform: Platform, jobs: int, clients: int) -> Report:
             job = client.run(**asked)
             time.sleep(rng.random())
             client.post(f"cancel/{job}")
-            told = client.finished(job)
+            answer = client.finished(job)
         else:
-            told = client.post("runsync", {"input": asked})
-            if told["status"] not in FINAL:
-                told = client.finished(told["id"])
+            answer = client.post("runsync", {"input": asked})
+            if answer["status"] not in FINAL:
+                answer = client.finished(answer["id"])
             latencies.append(time.monotonic() - started)
-        check(kind, color, told)
+        check(kind, color, answer)
         if rng.random() < STOPPED_LATE:
-            platform.stops.setdefault("worker-1", []).append(told["id"])
+            platform.stops.setdefault("worker-1", []).append(answer["id"])
         if next(done) == jobs // 5:
             memories.append(memory(pid))
 

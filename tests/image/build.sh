@@ -89,7 +89,7 @@ grep -q "model: someone/tiny at 0123456789ab, directory /model" "$work/log" || f
 grep -q "ready: " "$work/log" || fail "the log"
 
 say "a picture through the platform, without a network"
-unshare --net sh -c 'ip link set lo up && exec "$@"' sh "$python" -m tests.image.paint "$container"
+unshare --net sh -c 'ip link set lo up && exec "$@"' sh "$python" -m tests.image.generate "$container"
 
 say "a picture without a model in the image, from RunPod's cache"
 build --tag worker-test-bare --build-arg MODEL_ID= "$@"

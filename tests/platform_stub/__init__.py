@@ -2,7 +2,7 @@
 
 ``python -m tests.platform_stub --workers 1`` serves ``/v2/local/run`` and the other routes on port 8000, with the
 key ``local``, and starts workers on it. Webhooks, policies, limits and retention are as RunPod's documents have them.
-It can be told to misbehave: see ``Fault``.
+It misbehaves on demand: see ``Fault``.
 """
 
 from tests.platform_stub.faults import Chaos, Fault

@@ -45,8 +45,8 @@ class ClientRoutes:
 
     async def stream(self, request: web.Request) -> web.Response:
         job = find_job(self.platform, request)
-        told, job.stream = job.stream, []
-        return web.json_response({"status": job.status, "stream": told})
+        chunks, job.stream = job.stream, []
+        return web.json_response({"status": job.status, "stream": chunks})
 
     async def cancel(self, request: web.Request) -> web.Response:
         job = find_job(self.platform, request)

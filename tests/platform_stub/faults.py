@@ -1,4 +1,4 @@
-"""The platform misbehaving as it is told to."""
+"""The platform misbehaving on demand."""
 
 import asyncio
 import re
@@ -83,7 +83,7 @@ class Faults(list[Fault]):
         if fault and fault.text is not None:
             return web.Response(text=fault.text, content_type="application/json")
         if fault and fault.status:
-            return web.json_response({"error": "told to"}, status=fault.status)
+            return web.json_response({"error": "on demand"}, status=fault.status)
         if fault and fault.delay:
             await asyncio.sleep(fault.delay)
         return await handler(request)

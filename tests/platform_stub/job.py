@@ -62,14 +62,14 @@ class Job:
         return self.id.startswith("sync-")
 
     def public(self) -> dict[str, Any]:
-        """What ``/status`` tells."""
-        told: dict[str, Any] = {"id": self.id, "status": self.status}
+        """What ``/status`` answers."""
+        answer: dict[str, Any] = {"id": self.id, "status": self.status}
         if self.started:
-            told["delayTime"] = round(1000 * (self.started - self.created))
-            told["workerId"] = self.worker
+            answer["delayTime"] = round(1000 * (self.started - self.created))
+            answer["workerId"] = self.worker
         if self.started and self.finished:
-            told["executionTime"] = round(1000 * (self.finished - self.started))
-        return told | {
+            answer["executionTime"] = round(1000 * (self.finished - self.started))
+        return answer | {
             name: value for name, value in (("output", self.output), ("error", self.error)) if value is not None
         }
 

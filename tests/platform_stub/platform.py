@@ -33,7 +33,7 @@ class WorkerProcess:
     to_be_replaced: bool = False
 
     def crashed(self) -> bool:
-        """Whether it ended in another way than by being told to, or by asking for another in its place."""
+        """Whether it ended in another way than by being asked to, or by asking for another in its place."""
         return self.process.poll() not in (None, 0) and not self.to_be_replaced
 
 
@@ -110,7 +110,7 @@ class Platform:
         self.queue = [waiting for waiting in self.queue if waiting is not job]
 
     def _stop(self, job: Job) -> None:
-        """Tells the worker that has ``job``, if one has, to stop it."""
+        """Asks the worker that has ``job``, if one has, to stop it."""
         if job.status == "IN_PROGRESS":
             self.stops.setdefault(str(job.worker), []).append(job.id)
             self.notify()

@@ -1,4 +1,4 @@
-"""How the platform tells a client's server that a job has ended."""
+"""How the platform notifies a client's server that a job has ended."""
 
 import asyncio
 import sys

@@ -37,8 +37,8 @@ class WorkerRoutes:
     async def stop(self, request: web.Request) -> web.Response:
         stops = self.platform.stops.setdefault(request.match_info["worker"], [])
         await self.platform.until(lambda: bool(stops), self.platform.poll_seconds)
-        told, stops[:] = list(stops), []
-        return web.json_response({"jobsToStop": told}) if told else web.Response(status=204)
+        stopped, stops[:] = list(stops), []
+        return web.json_response({"jobsToStop": stopped}) if stopped else web.Response(status=204)
 
     async def done(self, request: web.Request) -> web.Response:
         body = await request.text()

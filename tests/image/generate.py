@@ -1,4 +1,4 @@
-"""Paints through the platform's stand-in with a worker from an image: ``python -m tests.image.paint CONTAINER``.
+"""Generates through the platform's stand-in with a worker from an image: ``python -m tests.image.generate CONTAINER``.
 
 CONTAINER is a working container of buildah's.
 """
@@ -18,10 +18,10 @@ def be_a_worker(container: str) -> None:
 
 def main(container: str) -> None:
     with serving() as platform:
-        platform.start_worker([sys.executable, "-m", "tests.image.paint", container, "--worker"])
-        told = Client(platform).paint("a red circle on a blue background")
-    assert told["status"] == "COMPLETED", told
-    print(f"painted {picture(told['output']).size} with seed {told['output']['seed']}")
+        platform.start_worker([sys.executable, "-m", "tests.image.generate", container, "--worker"])
+        answer = Client(platform).generate("a red circle on a blue background")
+    assert answer["status"] == "COMPLETED", answer
+    print(f"generated {picture(answer['output']).size} with seed {answer['output']['seed']}")
 
 
 if __name__ == "__main__":
