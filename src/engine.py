@@ -160,8 +160,8 @@ class Engine:
     async def generate(self, request: ImageRequest, progress: Progress | None = None) -> GenerationResult:
         """Generates ``request``'s pictures while the event loop stays free, and keeps ``progress`` up to date.
 
-        Image i is generated from seed + i. A cancelled request never reaches the device, or is stopped at the
-        next denoising step unless others share its batch.
+        Image i is generated from seed + i. A cancelled request never reaches the device, or is stopped
+        within two denoising steps, unless others share its batch.
 
         Raises:
             JobError: if they do not fit in memory, are not finite, or the device failed.

@@ -96,6 +96,8 @@ def test_every_command_runs_in_the_environment_that_the_first_one_made():
         assert not re.findall(r"(?:`|^)python3? (?:-m (?!venv)|handler).*", path.read_text(encoding="utf-8"), re.M)
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)|^\| `([\w.]+(?:/[\w./]*|\.py))` \|", README, re.M))
+@pytest.mark.parametrize(
+    "path", re.findall(r"(?:\]\(|src=\")([^)#:\"]+)[)\"]|^\| `([\w.]+(?:/[\w./]*|\.py))` \|", README, re.M)
+)
 def test_what_it_points_to_exists(path: tuple[str, str]):
     assert (ROOT / (path[0] or path[1])).exists()
