@@ -44,7 +44,7 @@ def build_worker(settings: "Settings", progress_reports: "ProgressReports | None
         StartError: if the model cannot be loaded.
         JobError: if it cannot generate.
     """
-    from src import startup
+    from src import imports, startup
     from src.settings import misspelt
 
     begun = time.monotonic()
@@ -52,6 +52,7 @@ def build_worker(settings: "Settings", progress_reports: "ProgressReports | None
     # these imports are most of a cold start: they wait until the disk is at work
     import torch  # noqa: F401
 
+    imports.defer()
     startup.load_kernels()
     from src import pipeline
     from src.engine import Engine

@@ -3,12 +3,10 @@
 import ctypes
 import gc
 import importlib
-import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from src import weights
@@ -16,7 +14,7 @@ from src.settings import DEFAULT_MODEL_ID, Settings, on_runpod
 
 
 def begin(settings: Settings) -> None:
-    """Starts what needs no import of PyTorch: reading the weights, making the CUDA context, importing the SDK.
+    """Starts what needs no import of PyTorch: reading the weights, making the CUDA context.
 
     Until ``finish`` nothing collects garbage: of the hundreds of thousands of objects that imports make, all stay.
 
@@ -27,13 +25,9 @@ def begin(settings: Settings) -> None:
     model_id = settings.model_id or (DEFAULT_MODEL_ID if on_runpod() else None)
     found = weights.find_local(model_id, settings) if model_id else None
     gc.disable()
-    # diffusers' schedulers import it for a schedule that nothing here uses
-    _defer("scipy.stats")
     if found:
         _in_background(_read_ahead, weights.weight_files(found.path, settings))
     _in_background(_make_cuda_context)
-    # a second of the SDK's import is a look at the processor in a subprocess
-    _in_background(importlib.import_module, "runpod")
     if settings.bucket_name:
         _in_background(importlib.import_module, "boto3")
 
@@ -51,22 +45,6 @@ def finish() -> None:
 
 def _in_background(work: Callable[..., Any], *arguments: Any) -> None:
     threading.Thread(target=work, args=arguments, daemon=True).start()
-
-
-def _defer(name: str) -> None:
-    """Has the import of a module cost nothing until something of it is used."""
-
-    def load(attribute: str) -> Any:
-        if attribute.startswith("__"):
-            # who asks what every module has does not use it
-            raise AttributeError(attribute)
-        if sys.modules[name] is deferred:
-            del sys.modules[name]
-        return getattr(importlib.import_module(name), attribute)
-
-    deferred = ModuleType(name)
-    deferred.__getattr__ = load  # type: ignore[method-assign]
-    sys.modules.setdefault(name, deferred)
 
 
 def _read_ahead(files: Iterable[Path]) -> None:

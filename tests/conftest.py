@@ -1,5 +1,8 @@
+import gc
 import os
 
+# of what is imported nothing becomes garbage
+gc.disable()
 os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
 # small models gain nothing from more threads, and the machine has several processes of them to run
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +20,11 @@ import pytest
 import requests
 import torch
 
+from src import imports
+
+# as handler.py does: the tests run what the worker runs, and start sooner
+imports.defer()
+
 from src import pipeline
 from src.engine import Engine
 from src.pipeline import Model
@@ -24,6 +32,9 @@ from src.settings import Settings
 from tests.client import Client, until
 from tests.platform_stub import HANDLER, Platform, serving
 from tests.v1_4 import make_repository
+
+gc.freeze()
+gc.enable()
 
 
 @pytest.fixture(scope="session")

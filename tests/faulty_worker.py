@@ -6,9 +6,14 @@ import threading
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 
 import handler
+from src import imports
+
+imports.defer()
+
+from diffusers import StableDiffusionPipeline
+
 from src import pipeline
 
 SECRETS = f"at {__file__} on {socket.gethostname()} with token {os.environ.get('RUNPOD_AI_API_KEY')}"

@@ -41,7 +41,7 @@ def baseline(model: str, done: Callable[[str], None]) -> None:
 def worker(model: str, done: Callable[[str], None]) -> None:
     """What ``handler.build_worker`` does, import by import."""
     import handler
-    from src import startup
+    from src import imports, startup
     from src.settings import Settings
 
     os.environ.update(handler.ENVIRONMENT)
@@ -50,6 +50,7 @@ def worker(model: str, done: Callable[[str], None]) -> None:
     done("settings, model found")
     import torch
 
+    imports.defer()
     startup.load_kernels()
     done("import torch")
     import diffusers
@@ -61,7 +62,7 @@ def worker(model: str, done: Callable[[str], None]) -> None:
     done("import diffusers, transformers")
     import runpod  # noqa: F401
 
-    done("import runpod, begun in the background")
+    done("import runpod")
     from src import pipeline
     from src.engine import Engine
     from src.worker import Worker  # noqa: F401
