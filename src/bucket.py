@@ -30,7 +30,7 @@ class Bucket:
         assert settings.bucket_endpoint_url and settings.bucket_name and key and secret
         self._name = settings.bucket_name
         endpoint, addressing = address(settings.bucket_endpoint_url, self._name)
-        self._client = boto3.session.Session().client(
+        self._client = boto3.client(
             "s3",
             endpoint_url=endpoint,
             aws_access_key_id=key.get_secret_value(),
