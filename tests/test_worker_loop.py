@@ -22,8 +22,11 @@ FOREVER = 10**6
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Platform]:
-    """A platform whose worker is this process: a loop that does not wait long before it tries again."""
-    with serving(poll_seconds=0.2) as stub:
+    """A platform whose worker is this process: a loop that does not wait long before it tries again.
+
+    The SDK waits for a second when its worker is full, and when it was told of no cancellation: few tests need either.
+    """
+    with serving() as stub:
         base = f"{stub.url}/v2/{ENDPOINT}"
         monkeypatch.setenv("RUNPOD_AI_API_KEY", stub.key)
         monkeypatch.setattr(rp_job, "JOB_GET_URL", f"{base}/job-take/worker-1?gpu=none")
@@ -38,7 +41,7 @@ async def echo(job: dict[str, Any]) -> dict[str, Any]:
     return {"seen": job.get("input")}
 
 
-def work(handle: Handler, clients: Callable[[], Any], concurrency: int = 2) -> Any:
+def work(handle: Handler, clients: Callable[[], Any], concurrency: int = 8) -> Any:
     """What ``clients`` gives, which runs in a thread while the SDK's loop has its jobs handled."""
 
     async def run() -> Any:
@@ -161,9 +164,7 @@ def test_a_cancellation_before_the_start_is_honoured(stub: Platform, monkeypatch
         assert len(handled) < 10
 
     monkeypatch.setattr(stub, "begin", begin_and_cancel)
-    # after an empty answer the SDK does not listen for a second
-    stub.poll_seconds = 10
-    work(slow, clients, concurrency=8)
+    work(slow, clients)
 
 
 def test_a_job_stopped_before_its_first_step_is_counted_no_more():
@@ -235,6 +236,7 @@ def test_a_bad_job_costs_its_batch_nothing(stub: Platform, capsys: pytest.Captur
         stub.faults.append(Fault("job-take-batch", text=json.dumps([*bad[:4], *good, *bad[4:]])))
         assert [client.finished(job)["output"] for job in jobs] == [{"seen": 1}, {"seen": None}]
 
+    stub.poll_seconds = 0.2
     work(echo, clients)
     assert "7 of 9 jobs dropped" in capsys.readouterr().out
 
