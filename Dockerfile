@@ -42,9 +42,12 @@ RUN --mount=type=cache,target=/tmp/huggingface --mount=type=secret,id=hf_token \
     || HF_HOME=/tmp/huggingface HF_TOKEN_PATH=/run/secrets/hf_token PYTHONDONTWRITEBYTECODE=1 \
     python -m builder.fetch_model --model "$MODEL_ID" --revision "$MODEL_REVISION" --output /model
 
+# Which files a start opens is recorded, for a start to read them ahead.
 COPY handler.py test_input.json ./
+COPY builder/record_start.py builder/
 COPY src src
 RUN python -m compileall -q --invalidation-mode unchecked-hash . \
+    && python -m builder.record_start --output src/start_files.txt \
     && echo "worker:x:1000:1000::/app:/usr/sbin/nologin" >> /etc/passwd \
     && chown 1000:1000 .
 USER 1000:1000

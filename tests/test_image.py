@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from builder import image_size
+from src import startup
 from src.settings import DEFAULT_MODEL_ID
 from tests import hub
 
@@ -89,6 +90,9 @@ def test_what_is_copied_suffices_to_fetch_a_model_and_to_start_with_it(repositor
         run([sys.executable, *arguments], HF_ENDPOINT=address)
     for pair in copied(after):
         copy(*pair)
+    (record,) = re.findall(r"python (-m builder\.record_start \S+ \S+)", after)
+    run([sys.executable, *shlex.split(record)])
+    assert (app / "src" / startup.START_FILES.name).stat().st_size > 100_000
     settings = variables("ENV")
     assert settings.pop("MODEL_ID") == "${MODEL_ID:+/model}"
     assert settings["HF_HUB_OFFLINE"] == "1"

@@ -1,0 +1,46 @@
+"""Records which files a start opens, so that a start can read them ahead.
+
+python -m builder.record_start --output src/start_files.txt
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def record() -> list[str]:
+    """The files of Python and of its packages that a start with the embedded model opens, in order.
+
+    Must run in a process of its own, where nothing is imported yet.
+    """
+    opened: dict[str, None] = {}
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], str):
+            opened.setdefault(arguments[0])
+
+    sys.addaudithook(note)
+    import handler
+    from src.settings import DEMO_MODEL_ID, Settings
+
+    os.environ.update(handler.ENVIRONMENT)
+    handler.build_worker(Settings(model_id=DEMO_MODEL_ID))
+    return [file for file in list(opened) if file.startswith((sys.prefix, sys.base_prefix)) and Path(file).is_file()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Record which files a start opens.")
+    parser.add_argument("--output", type=Path, required=True, help="file to write, a path a line")
+    output: Path = parser.parse_args().output
+    files = record()
+    output.write_text("".join(f"{file}\n" for file in files))
+    print(f"{output}: {len(files)} files, {sum(Path(file).stat().st_size for file in files) / 2**20:.0f} MiB")
+    sys.stdout.flush()
+    # nothing is left to do that Python's own exit would wait for
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
