@@ -30,6 +30,8 @@ def defer() -> None:
     _defer("scipy.stats")
     # the SDK's debugger asks, in a subprocess that takes a second, what the processor is called
     _defer("cpuinfo", get_cpu_info=dict)
+    # its command line reaches other machines by SSH
+    _defer("paramiko")
     sys.meta_path.insert(0, _WholePackages())
 
 

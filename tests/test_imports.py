@@ -6,7 +6,7 @@ from tests.test_startup import python
 
 pytestmark = pytest.mark.process
 
-DEFERRED = ("torch._dynamo", "scipy.optimize", "scipy.integrate", "scipy.stats", "cpuinfo")
+DEFERRED = ("torch._dynamo", "scipy.optimize", "scipy.integrate", "scipy.stats", "cpuinfo", "paramiko")
 
 REAL = f"""
 import sys
@@ -49,6 +49,7 @@ def test_no_start_needs_what_is_deferred_and_of_the_schedulers_one_does(reposito
         "from transformers.loss.loss_for_object_detection import linear_sum_assignment as f\n"
         "assert f([[1, 0], [0, 1]])[1].tolist() == [1, 0]",
         "import cpuinfo; assert cpuinfo.get_cpu_info() == {}; assert cpuinfo.CPUINFO_VERSION",
+        "from runpod.cli.groups.ssh import functions; assert functions.paramiko.RSAKey.generate",
         "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)) == 2",
         "from torch._dynamo.utils import counters\nassert torch._dynamo.utils.counters is counters",
         "from diffusers.utils.torch_utils import is_compiled_module\n"
