@@ -1,5 +1,5 @@
 # One stage: no compiler is needed, and what must not stay (downloads, caches, a token) is never in a layer to begin with.
-# The layers stand in the order of how seldom they change: packages, model, code.
+# Layers go from the least to the most often changed: packages, model, code.
 FROM python:3.11-slim
 
 # PYTHONHASHSEED: diffusers loads a pipeline's components in the order of a set, which the weights' read-ahead must know.
@@ -25,8 +25,8 @@ RUN pip install --no-cache-dir --no-compile --no-deps -r constraints.txt \
         -o -name 'libnvshmem_device.*' \) -prune -exec rm -r {} +
 
 # Bytecode is made here, for Python's own library too, since the worker's user cannot write it, and is not checked against
-# the times of the sources, which a reproducible build sets: what pip left of the other kind is made again (-f). One file
-# of PyTorch's is for newer Pythons.
+# the times of the sources, which a reproducible build sets: -f replaces what pip left of the other kind, -x skips a file
+# of PyTorch's that needs a newer Python.
 RUN python -m compileall -qf -j 0 -x py312_intrinsics --invalidation-mode unchecked-hash /usr/local/lib/python3.11
 
 # The model in float16: another one is --build-arg MODEL_ID=..., none is MODEL_ID=, a gated one needs

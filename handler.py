@@ -30,7 +30,7 @@ ENVIRONMENT = {
     # transformers warns at every import of optional packages that are not installed
     "TRANSFORMERS_VERBOSITY": "error",
 }
-"""What the libraries read from their environment, most of it at import, unless it says otherwise."""
+"""Defaults of the libraries' environment variables, most of which are read at import."""
 
 
 def build_worker(settings: "Settings", progress_reports: "ProgressReports | None" = None) -> "Worker":
@@ -38,7 +38,7 @@ def build_worker(settings: "Settings", progress_reports: "ProgressReports | None
 
     Args:
         settings: the worker's settings.
-        progress_reports: what ``Worker`` reports progress by.
+        progress_reports: in place of those to the platform.
 
     Raises:
         StartError: if the model cannot be loaded.
@@ -86,7 +86,7 @@ def refuse_to_start(error: Exception) -> NoReturn:
         runpod.serverless.register_fitness_check(the_worker_can_start)
         runpod.serverless.start({"handler": None})
     sys.stdout.flush()
-    # a GPU that hangs has the engine's thread, which Python's own exit would wait for
+    # Python's own exit would wait for the engine's thread, which hangs with the GPU
     os._exit(1)
 
 
@@ -100,7 +100,7 @@ def main() -> None:
         # Ctrl-C ends a start, without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    # not before --help and a misspelt argument are answered
+    # imported late, so that --help and a misspelt argument are answered at once
     from src import local
     from src.request import JobError
     from src.settings import Settings, StartError, on_runpod

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def save(pipe: "StableDiffusionPipeline", folder: Path) -> None:
-    """Writes ``pipe`` to ``folder`` as safetensors that everyone may read: the library lets only their owner."""
+    """Writes ``pipe`` to ``folder`` as safetensors that everyone may read; the library lets only the owner."""
     pipe.save_pretrained(folder, safe_serialization=True)
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o644)

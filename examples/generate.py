@@ -64,7 +64,7 @@ def generate(endpoint: runpod.Endpoint, job_input: dict[str, Any], timeout: floa
             try:
                 answer = status(job)
             except requests.RequestException as error:
-                # whatever is in the way of one look at it, the job goes on, unless the endpoint does not know it
+                # one failed request does not end the job, unless the endpoint refuses it
                 if error.response is not None and 400 <= error.response.status_code < 429:
                     raise
     except (KeyboardInterrupt, TimeoutError):

@@ -116,7 +116,7 @@ uninterrupted() {
         exec "$@"
     )
 }
-# who would answer it with a traceback
+# python3 would answer Ctrl-C with a traceback
 python() {
     uninterrupted python3 "$@"
 }
@@ -128,15 +128,15 @@ request() {
     arguments+=(-H "@$work/headers" --max-time 120)
     [[ $1 == GET ]] || arguments+=(--data-binary "@${3:-/dev/null}")
     local curl=(curl)
-    # interrupted, a job that is on its way can be cancelled only when its id is there
+    # a job that is being sent can be cancelled only once its id has come back
     [[ $2 != /run ]] || curl=(uninterrupted curl)
     : >"$work/answer"
     status=$("${curl[@]}" "${arguments[@]}" "$endpoint$2" 2>"$work/error") || status=000
 }
 printf 'Authorization: Bearer %s\n' "${RUNPOD_API_KEY:-}" >"$work/headers"
 
-# checked METHOD PATH [BODY FILE]: request, patient with a busy endpoint, and with a broken one when the job is sent,
-# that ends the script where it is refused; 405, the wrong method, is left to the caller
+# checked METHOD PATH [BODY FILE]: request, retried while the endpoint is busy, and while it is broken once the job is
+# sent; a refusal ends the script, but 405, the wrong method, is left to the caller
 checked() {
     local pause=1
     request "$@"

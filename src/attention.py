@@ -28,7 +28,8 @@ class FusedSlicedAttnProcessor:
             attn: the module, whose projections are used.
             hidden_states: (images, tokens, channels) or (images, channels, height, width).
             encoder_hidden_states: (images, tokens, channels) to attend to; by default ``hidden_states``.
-            attention_mask: added to the scores, (images, tokens that are attended to) or by head.
+            attention_mask: added to the scores, (images, 1, tokens attended to) or (images * heads, 1, tokens
+                attended to).
 
         Returns:
             A tensor of the shape and dtype of ``hidden_states``.

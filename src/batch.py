@@ -30,7 +30,7 @@ SCHEDULERS = {
 """The names of diffusers' classes, so that none is imported before it is asked for."""
 
 SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {
-    # without the Runge-Kutta steps at the start, which double the first three and fail below four
+    # without the Runge-Kutta steps at the start, which quadruple the cost of the first three and fail below four
     "PNDM": {"skip_prk_steps": True, "steps_offset": 1},
     # the final step ends at the first training step's noise; clipping to -1 and 1 is for pixels, latents go beyond
     "DDIM": {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False},
@@ -59,7 +59,7 @@ class BatchRunner:
 
     def prepare_thread(self) -> None:
         """Puts the thread that will run the batches into PyTorch's inference mode, which is a thread's own."""
-        # the thread keeps it: ended by another thread, it would change that one's mode
+        # kept by the thread: a guard that another thread drops resets that thread's mode
         _thread.inference_mode = torch.inference_mode()
         _thread.inference_mode.__enter__()
 
@@ -90,7 +90,7 @@ class BatchRunner:
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="pt",
                 callback_on_step_end=partial(_report_step, after_step),
-                # naming any would make its frame keep all tensors of a step
+                # any name makes diffusers call locals(), which keeps all tensors of a step
                 callback_on_step_end_tensor_inputs=[],
             )
         finally:
@@ -126,8 +126,8 @@ class BatchRunner:
         own = self._pipe.scheduler
         if name == self._own_scheduler:
             return type(own).from_config(own.config)
-        # what only repeats the default of the model's own kind, as files of newer diffusers do, is no choice of the
-        # model: another kind has defaults of its own, such as the timesteps' spacing
+        # newer diffusers write defaults into the file too: a value that equals the own class's default must not
+        # override another class's, such as its timestep spacing
         defaults = inspect.signature(type(own)).parameters
         config = {
             key: value for key, value in own.config.items() if key not in defaults or value != defaults[key].default

@@ -43,7 +43,7 @@ class Bucket:
                 response_checksum_validation="when_required",
                 connect_timeout=10,
                 read_timeout=30,
-                # botocore's pauses between them double from try to try, by chance, up to 20 s
+                # botocore's exponential backoff with jitter, at most 20 s a pause
                 retries={"mode": "standard", "total_max_attempts": 5},
             ),
         )
@@ -74,10 +74,12 @@ class Bucket:
 
 
 def address(url: str, name: str) -> tuple[str, str]:
-    """The endpoint without the bucket's name, which ``url`` may hold in its host or its path, and how to put it back.
+    """Takes the bucket's name off ``url``, whose host or path may hold it.
 
-    That is boto3's ``addressing_style``: ``virtual`` if the host held it, otherwise ``path``. A host is taken for the
-    storage's own, whatever its first part is, unless three parts are left without the name.
+    A host keeps it unless three labels are left: it is the storage's own.
+
+    Returns:
+        The endpoint, and boto3's ``addressing_style``: ``virtual`` if the host held the name, otherwise ``path``.
     """
     parts = urlsplit(url.rstrip("/"))
     if parts.path.endswith(f"/{name}"):

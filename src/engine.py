@@ -35,7 +35,7 @@ class Progress:
 
 
 class Runner(Protocol):
-    """What the engine needs of ``src.batch.BatchRunner``; whose docstrings say what each does."""
+    """What the engine needs of ``src.batch.BatchRunner``, whose docstrings say what each does."""
 
     model_name: str
     limits: ModelLimits
@@ -123,11 +123,17 @@ class Engine:
     """Generates what requests ask for on a thread of its own: schedulers keep state and CUDA wants one caller.
 
     When the device is free, the oldest waiting image is generated, and in the same batch every other waiting image
-    with the same ``batch_key``, oldest first, up to ``max_batch_images``. Batches of a size that ran out of memory stay
-    smaller from then on.
+    with the same ``batch_key``, oldest first, up to ``max_batch_images``. Once a batch ran out of memory,
+    batches of its width and height stay smaller.
 
     When a batch makes no denoising step for ``stall_timeout`` seconds, in which encoding the prompt and decoding must
     fit too, the device is lost: its call may never return, nor then the engine's thread.
+
+    Args:
+        model: what generates; None only with a ``runner``.
+        max_batch_images: the most images of a batch.
+        runner: in place of one around ``model``.
+        stall_timeout: in seconds.
     """
 
     def __init__(
@@ -164,7 +170,8 @@ class Engine:
         within two denoising steps, unless others share its batch.
 
         Raises:
-            JobError: if they do not fit in memory, are not finite, or the device failed.
+            JobError: if the pictures do not fit in memory, are not finite, or the device failed.
+            Exception: any other error of the pipeline, as it was raised.
         """
         return await asyncio.wrap_future(self._submit(request, progress or Progress()))
 

@@ -31,7 +31,10 @@ DEVICE_LOST = (
     "uncorrectable NVLink error detected",
     "unspecified launch failure",
 )
-"""The CUDA errors after which, by CUDA's documentation of ``cudaError_t``, only a new process can use the device."""
+"""CUDA errors after which, by CUDA's documentation of ``cudaError_t``, only a new process can use the device.
+
+Of the two that are uncorrectable it does not say so.
+"""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,7 +12,10 @@ from src.faults import is_out_of_memory, release_frames
 log = RunPodLogger()
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Latents (images, 4, height / 8, width / 8), timestep (), text embeddings (images, tokens, width), on one device."""
+"""Latents (n, channels, height / 8, width / 8), timestep (), text embeddings (n, tokens, width), on one device.
+
+With guidance n is twice the number of images.
+"""
 Step = Callable[..., torch.Tensor]
 """Predicts from ``Inputs`` a tensor of the latents' shape."""
 
@@ -25,7 +28,7 @@ WARM_UP_RUNS = 3
 class GraphedStep:
     """A UNet's ``forward`` that captures a graph for each shape when it first meets it, and replays it from then on.
 
-    At most ``max_graphs`` graphs are kept; the one that has been unused for longest goes first. A shape that cannot be
+    At most ``max_graphs`` graphs are kept; the least recently used is dropped first. A shape that cannot be
     captured runs eagerly, and so does a call with arguments that a graph does not know. After a capture that failed for
     another reason than memory, none is tried again.
     """
@@ -102,7 +105,7 @@ class Pace:
         self._new_event = new_event
         self._latest: Any = None
 
-    def step_is_queued(self) -> None:
+    def wait_for_previous_step(self) -> None:
         """Waits until the device has done the step before."""
         event, before = self._new_event(), self._latest
         event.record()
@@ -151,7 +154,7 @@ class Capture:
             graph.replay()
             # schedulers keep what they are given, and the next replay writes to the same place
             output = predicted.clone()
-            self._pace.step_is_queued()
+            self._pace.wait_for_previous_step()
             return output
 
         return replay

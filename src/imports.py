@@ -1,4 +1,4 @@
-"""Defers what the libraries import in vain, which takes as long as the rest of their imports."""
+"""Defers what the libraries import and a start does not need, which would take as long as the rest of their imports."""
 
 import importlib
 import sys
@@ -11,9 +11,9 @@ from typing import Any
 
 
 def defer() -> None:
-    """Has diffusers, transformers and the SDK, imported after this call, import later what this worker may never use.
+    """Makes diffusers, transformers and the SDK, imported after this call, put off imports that they may never need.
 
-    Once something of a deferred module is used, it is imported and all there.
+    A deferred module is imported in full when something in it is first used.
     """
     import torch
 
@@ -41,7 +41,7 @@ def _mark_nothing(function: Any = None, *_: Any, **__: Any) -> Any:
 
 
 class _Deferred(ModuleType):
-    """In the place of a module until something is asked of it that it does not have."""
+    """Stands in for a module until an attribute that it lacks is asked for."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -51,7 +51,7 @@ class _Deferred(ModuleType):
 
 
 def _defer(name: str, **stand_ins: Any) -> None:
-    """Puts a package that has ``stand_ins`` only in the place of one that is not imported yet."""
+    """Puts a stand-in with nothing but ``stand_ins`` in the place of a package that is not imported yet."""
     if name not in sys.modules and (spec := find_spec(name)):
         module = _Deferred(name)
         vars(module).update(__spec__=spec, __path__=spec.submodule_search_locations, **stand_ins)

@@ -44,7 +44,8 @@ def load(settings: Settings, dtype: torch.dtype | None = None) -> Model:
         dtype: Of the weights. By default float16 on a CUDA device, float32 on the CPU.
 
     Raises:
-        StartError: if there is no such model, it is damaged, or it is not one that this worker runs.
+        StartError: if there is no such model, it is damaged or not one that this worker runs; or, on RunPod, if
+            there is no CUDA device.
     """
     quieten_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,11 +99,11 @@ def quieten_libraries() -> None:
 
 
 def enable_cuda_graphs(pipe: StableDiffusionPipeline, *, sliced: bool) -> GraphedStep:
-    """Lays the weights out as tensor cores like them, and lets the UNet be computed by CUDA graphs."""
+    """Puts the weights into channels_last, which suits tensor cores, and runs the UNet as CUDA graphs."""
     for model in (pipe.unet, pipe.vae):
         model.to(memory_format=torch.channels_last)
     if not sliced:
-        # slices are made of the projections one by one
+        # attention slicing needs the projections one by one
         pipe.fuse_qkv_projections()
     graphs = GraphedStep(pipe.unet.forward, Capture())
     pipe.unet.forward = graphs

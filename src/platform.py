@@ -41,7 +41,7 @@ Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
 def start(handle: Handler, max_concurrency: int) -> None:
-    """Hands ``handle`` to the SDK, which returns when a local run is done, and on the platform never.
+    """Hands ``handle`` to the SDK, which returns when a local server stops, and on the platform never.
 
     Args:
         handle: from a job to its output or its ``error``.
@@ -67,7 +67,7 @@ class Outage:
         self._began = self._logged = 0.0
 
     def failed(self, error: Exception) -> float:
-        """Seconds to wait: they double from try to try, less up to half of it by chance."""
+        """Seconds to wait: exponential backoff, less up to half of it at random."""
         now = time.monotonic()
         if not self._tries:
             self._began = self._logged = now
@@ -87,7 +87,7 @@ class Outage:
 
 
 class WorkerLoop(rp_scale.JobScaler):  # type: ignore[misc]
-    """The SDK's worker loop, which loses no result, no cancellation and no job of a batch, and floods no log."""
+    """The SDK's worker loop, which sends results again, keeps cancellations and a batch's good jobs, and logs less."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
@@ -144,8 +144,8 @@ class WorkerLoop(rp_scale.JobScaler):  # type: ignore[misc]
             return []
 
     async def _take_jobs(self, session: aiohttp.ClientSession, wanted: int) -> list[dict[str, Any]]:
-        """In place of the SDK's ``get_job``, after which it asks again at once, whatever went wrong, with a line each
-        time, and drops a whole batch for one bad job in it.
+        """In place of the SDK's ``get_job``, which drops a whole batch for one bad job, and after whose failures the
+        SDK asks again at once, with a line in the log each time.
         """
         try:
             answer = await _poll(session, rp_job._job_get_url(wanted))
@@ -160,7 +160,7 @@ class WorkerLoop(rp_scale.JobScaler):  # type: ignore[misc]
         if not jobs:
             await asyncio.sleep(PAUSE_WITHOUT_JOBS_SECONDS)
         if len(jobs) < len(offered):
-            log.warn(f"{len(offered) - len(jobs)} of {len(offered)} jobs dropped: without an id, or no job at all")
+            log.warn(f"{len(offered) - len(jobs)} of {len(offered)} jobs dropped: malformed, or without an id")
         return jobs
 
     def _accept(self, job: Any) -> bool:
@@ -173,7 +173,7 @@ class WorkerLoop(rp_scale.JobScaler):  # type: ignore[misc]
         try:
             self.job_progress.add(job)
         except (TypeError, AttributeError):
-            # the SDK makes the fields of an object of it, and not every name can be one
+            # the SDK turns the job's keys into attributes, and not every key can be one
             return False
         return True
 
@@ -189,10 +189,10 @@ class WorkerLoop(rp_scale.JobScaler):  # type: ignore[misc]
         return stopped
 
     async def stop_job(self, job_id: str) -> bool:
-        """Stops a job.
+        """Stops a job, and returns whether the worker has it.
 
-        The SDK does not if the job has arrived but is not started yet; and cancelled before its first step, a job's
-        task would stay in the SDK's count for ever.
+        The SDK misses a job that has arrived but is not started yet; and a task that is cancelled before it first runs
+        would stay in the SDK's count for ever.
         """
         if job_id in self._started:
             return bool(await super().stop_job(job_id))
@@ -226,7 +226,7 @@ class WorkerLoop(rp_scale.JobScaler):  # type: ignore[misc]
             try:
                 await _post(session, job_id, body, RESULT_TIMEOUT)
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                if not _may_pass(error) or time.monotonic() > give_up:
+                if not _is_transient(error) or time.monotonic() > give_up:
                     log.error(f"the result is lost: {_reason(error)}", job_id)
                     return
                 pause = sending.failed(error)
@@ -256,7 +256,7 @@ class QuietLog:
         return getattr(log, name)
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     """Whether the same request may succeed later."""
     return not isinstance(error, aiohttp.ClientResponseError) or error.status in (408, 425, 429) or error.status >= 500
 

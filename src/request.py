@@ -34,7 +34,7 @@ SchedulerName = Literal[
     "DPMSolverSinglestep",
     "UniPCMultistep",
 ]
-"""The names that Cog's Stable Diffusion and RunPod's SDXL worker use."""
+"""The names that Cog's Stable Diffusion and RunPod's SDXL worker use, and one more after their pattern."""
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 """The names that Replicate's and OpenAI's image APIs share; also Pillow's, media types' and file endings."""
@@ -64,7 +64,7 @@ OTHER_NAMES = {
     "sampler_index": "scheduler",
     "sampler_name": "scheduler",
 }
-"""What the web UIs and other workers call a field, where no word of ours is in it."""
+"""Names that web UIs and other workers use, and that likeness to a field's name would not find."""
 MAX_REPORTED_ERRORS = 20
 MAX_QUOTED_CHARACTERS = 40
 """What an error quotes of a value before it is cut."""
@@ -284,7 +284,7 @@ def _format_error(error: ErrorDetails) -> str:
 
 
 def _nearest_field(name: str) -> str | None:
-    """The field that a name most likely means: by another tool's word, by its own words, or but for a slip."""
+    """The field that a name most likely means: another tool's name for it, part of its words, or a misspelling."""
     fields = list(ImageRequest.model_fields)
     name = name.lower()
     if name in OTHER_NAMES:
@@ -296,7 +296,7 @@ def _nearest_field(name: str) -> str | None:
 
 
 def _kind(value: object) -> str:
-    """The name of a JSON value's type."""
+    """How an error names a JSON value: a number or a boolean as it is, others by their type."""
     match value:
         case None:
             return "nothing"

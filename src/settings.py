@@ -37,7 +37,7 @@ class Settings(BaseModel):
     )
     hf_token: SecretStr | None = Field(None, description="Hugging Face token, for gated or private models")
     attention_slicing: Literal["auto", "max", "off"] = Field(
-        "auto", description="`auto`, `max` or `off`: attention in slices of the heads"
+        "auto", description="`auto`, `max` or `off`: attention by half of the heads at a time, by one, or by all"
     )
     acceleration: Literal["off", "graphs"] = Field(
         "off", description="`off` or `graphs`: runs the UNet as CUDA graphs, which need more memory"

@@ -56,11 +56,11 @@ def _read_ahead(files: Iterable[Path]) -> None:
     Nothing depends on it, and posix_fadvise, which would do without a buffer, reads only as far as the kernel likes.
     """
     if START_FILES.exists():
-        # thousands of small files: several at a time, and by processes that do not wait for Python's lock
+        # thousands of small files: several at a time, and by processes that do not wait for the GIL
         command = ["xargs", "-a", str(START_FILES), "-d", r"\n", "-n", "64", "-P", "4", "cat"]
         with suppress(OSError):
             subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    # after each read this thread waits for that lock, which the imports hold
+    # large, since after each read this thread waits for the GIL, which the imports hold
     buffer = bytearray(32 * 2**20)
     with suppress(OSError):
         for file in files:
@@ -72,7 +72,7 @@ def _read_ahead(files: Iterable[Path]) -> None:
 def _make_cuda_context() -> None:
     """Makes the first CUDA device's primary context, which PyTorch then finds made; without a driver, does nothing.
 
-    ctypes calls the driver without Python's lock, so that the imports go on meanwhile.
+    ctypes calls the driver without the GIL, so that the imports go on meanwhile.
     """
     with suppress(OSError):
         cuda = ctypes.CDLL("libcuda.so.1")

@@ -76,7 +76,7 @@ def find_local(model_id: str, settings: Settings) -> Repository | None:
     """Finds a model without a network.
 
     A directory is taken as it is. A hub id is looked for among RunPod's cached models, then in the Hugging Face cache;
-    without ``MODEL_REVISION``, any commit that RunPod cached is taken in the end.
+    without ``MODEL_REVISION``, the newest usable commit that RunPod cached is the last resort.
 
     Raises:
         StartError: if ``model_id`` is a directory that cannot be used, or cannot be a hub id; or if what a cache holds
@@ -149,7 +149,7 @@ def _download(wanted: dict[str, Any], settings: Settings) -> Path:
     name = wanted["repo_id"] + (f" at revision {wanted['revision']}" if wanted["revision"] else "")
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
     try:
-        # asks once; snapshot_download would ask for a commit half a minute long when the hub cannot be reached
+        # asks once; snapshot_download would try for half a minute when the hub cannot be reached
         HfApi(token=token).model_info(wanted["repo_id"], revision=wanted["revision"] or constants.DEFAULT_REVISION)
         return Path(snapshot_download(**wanted, token=token))
     except GatedRepoError as error:
@@ -168,13 +168,13 @@ def _download(wanted: dict[str, Any], settings: Settings) -> Path:
 
 
 def weight_files(path: Path, settings: Settings) -> list[Path]:
-    """The files that hold the weights which the worker loads from a model's directory."""
+    """The weight files that the worker loads from a model's directory, in the order of ``WEIGHT_FILES``."""
     skipped = () if settings.safety_checker else ("safety_checker",)
     return [path / component / file for component, file in WEIGHT_FILES.items() if component not in skipped]
 
 
 def check(path: Path, settings: Settings) -> dict[str, Any]:
-    """Sees to it that a directory holds a Stable Diffusion pipeline in safetensors, without reading the weights.
+    """Checks that a directory holds a Stable Diffusion pipeline in safetensors, without reading the weights.
 
     Returns:
         What its model_index.json holds.

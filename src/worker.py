@@ -45,8 +45,8 @@ class Worker:
     async def handle(self, job: dict[str, Any]) -> dict[str, Any]:
         """The output of ``job``, or its ``error``, with ``refresh_worker`` when the device is lost.
 
-        It never raises, since the SDK would send a traceback to the client. The log has a failure's traceback under the
-        job's id; prompts and pictures are never logged.
+        It raises only when it is cancelled: of anything else the SDK would send a traceback to the client. The log has
+        a failure's traceback under the job's id; this worker never logs prompts and pictures.
         """
         answer = self._answers.get(job["id"])
         if not answer:

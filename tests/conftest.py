@@ -1,7 +1,7 @@
 import gc
 import os
 
-# of what is imported nothing becomes garbage
+# imports leave no garbage: collecting during them only takes time
 gc.disable()
 os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
 # small models gain nothing from more threads, and the machine has several processes of them to run
@@ -59,7 +59,7 @@ def demo_model(loaded: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> Mod
 
 
 def with_its_own_scheduler(model: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """``model``, whose scheduler is what it was, after the test: an engine gives it others."""
+    """Restores ``model``'s scheduler after the test, since an engine replaces it."""
     monkeypatch.setattr(model.pipe, "scheduler", model.pipe.scheduler)
     return model
 
@@ -82,19 +82,19 @@ def gpu(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> Iterator[None]:
-    """Processes that tests start can be interrupted, even where the suite runs in the background, which ignores it."""
+    """Tests can interrupt the processes that they start: a suite in the background, and its children, ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-OF_A_PROCESS = {"platform", "local_server", "newman"}
-"""The fixtures that start one."""
+PROCESS_FIXTURES = {"platform", "local_server", "newman"}
+"""Fixtures that start a process: the tests that use them get the ``process`` marker."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if OF_A_PROCESS & set(getattr(item, "fixturenames", ())):
+        if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.process)
     # two at a time, the files that take longest must not be last
     items.sort(key=lambda item: item.path.stem not in ("test_examples", "test_platform"))
@@ -102,7 +102,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_unmarked_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The quick run stays quick: what starts a process says so."""
+    """Fails a test that starts a process without the ``process`` marker, so that the quick run stays quick."""
     if not request.node.get_closest_marker("process"):
 
         def refuse(*arguments: object, **_: object) -> None:
@@ -134,7 +134,7 @@ def platform() -> Iterator[Platform]:
 
 @pytest.fixture
 def client(platform: Platform) -> Iterator[Client]:
-    """A client of ``platform``, which is as it was after the test."""
+    """A client of ``platform``. After the test no fault may be left, and the worker must be alive."""
     yield Client(platform)
     assert platform.faults == []
     assert platform.workers["worker-1"].process.poll() is None

@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[1]
 def test_a_start_is_measured(way: str, repository: Path):
     taken = cold_start.start(way, repository)
     assert {"interpreter", "weights"} <= set(taken)
-    assert all(seconds >= 0 for seconds in taken.values())
 
 
 @pytest.mark.process

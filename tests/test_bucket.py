@@ -142,15 +142,13 @@ def settings(address: str = "https://s3.amazonaws.com", name: str = "pictures", 
 def test_every_form_of_address_ends_in_the_same_object(storage: Storage, address: str, form: str):
     scheme, host = address.split("//")
     given = {"neither": address, "in the host": f"{scheme}//pictures.{host}", "in the path": f"{address}/pictures/"}
-    if form == "in the host" and host.count(".") < 2:
-        pytest.skip("not told from a host of that name")
     storage.requests.clear()
     link = Bucket(settings(given[form])).upload(address.encode(), "job-1/picture-1.png", "image/png")
     stored = storage.client.get_object(Bucket="pictures", Key="job-1/picture-1.png")
     assert (stored["Body"].read(), stored["ContentType"]) == (address.encode(), "image/png")
     put = storage.requests[0]
     assert (put["REQUEST_METHOD"], put["CONTENT_LENGTH"]) == ("PUT", str(len(address)))
-    assert put["HTTP_HOST"] == f"pictures.{host}" if form == "in the host" else host
+    assert put["HTTP_HOST"] == (f"pictures.{host}" if form == "in the host" else host)
     assert f"/{REGIONAL[address]}/s3/aws4_request" in put["HTTP_AUTHORIZATION"]
     # what R2 and others refuse
     assert "HTTP_CONTENT_ENCODING" not in put and "HTTP_X_AMZ_TRAILER" not in put

@@ -44,9 +44,10 @@ class StandIn:
     def run(
         self, requests: Sequence[ImageRequest], seeds: Sequence[int], after_step: Callable[[float], None]
     ) -> list[Picture | JobError]:
+        # first, since the engine takes what is raised here for a batch that failed, and runs it request by request
+        self.batches.append([each.prompt for each in requests])
         assert len({each.batch_key for each in requests}) == 1
         assert threading.current_thread() is self.thread
-        self.batches.append([each.prompt for each in requests])
         self.first(requests)
         steps = requests[0].num_inference_steps
         for step in range(steps):

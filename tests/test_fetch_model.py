@@ -83,7 +83,7 @@ def with_a_damaged_file(folder: Path) -> None:
         ),
         (without_safetensors, None, hub.REVISION, r"cannot use .*: it is missing \(pickled weights"),
         (
-            lambda folder: (folder / "vae/config.json").write_text("{"),
+            with_a_damaged_file,
             None,
             hub.REVISION,
             "cannot save it in float16: ",

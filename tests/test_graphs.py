@@ -156,7 +156,7 @@ def test_the_host_is_at_most_one_step_ahead_of_the_device():
 
     pace = Pace(Event)
     for _ in range(3):
-        pace.step_is_queued()
+        pace.wait_for_previous_step()
     assert log == ["record step 1", "record step 2", "wait for step 1", "record step 3", "wait for step 2"]
 
 
@@ -168,7 +168,7 @@ def test_arguments_that_a_graph_does_not_know_are_heeded(captures: Captures, for
     assert captures.captured == []
 
 
-def test_a_replay_generates_the_same(captures: Captures, v1_4_model: Model, monkeypatch: pytest.MonkeyPatch):
+def test_the_pipeline_calls_the_graphed_step(captures: Captures, v1_4_model: Model, monkeypatch: pytest.MonkeyPatch):
     def generate() -> torch.Tensor:
         generator = torch.Generator().manual_seed(1)
         return v1_4_model.pipe("sea", num_inference_steps=5, generator=generator, output_type="pt").images

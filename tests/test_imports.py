@@ -1,7 +1,8 @@
-"""What a start does not import, and that it is all there for whoever uses it."""
+"""A start does not import what is deferred, and it is all there when it is used."""
 
 import pytest
 
+from src.batch import SCHEDULERS
 from tests.test_startup import python
 
 pytestmark = pytest.mark.process
@@ -16,7 +17,7 @@ def real():
 DEFERS = f"{REAL}\nimport torch\nfrom src import imports\nimports.defer()\n"
 
 
-def test_no_start_needs_what_is_deferred_and_of_the_schedulers_one_does(repository):
+def test_a_start_imports_nothing_deferred_and_only_klms_does_later(repository):
     for model in ("demo", str(repository)):
         code = (
             f"{REAL}\n"
@@ -32,9 +33,8 @@ def test_no_start_needs_what_is_deferred_and_of_the_schedulers_one_does(reposito
             "    runner.run([ImageRequest.parse(job_input, runner.limits)], [0], lambda share: None)\n"
             "    print(name, *real())\n"
         )
-        *_, start, a, b, c, d, e, f, g, klms = python(code).splitlines()
-        assert start == "start"
-        assert all(" " not in line for line in (a, b, c, d, e, f, g))
+        start, *others, klms = python(code).splitlines()[-1 - len(SCHEDULERS) :]
+        assert [start, *others] == ["start", *(name for name in SCHEDULERS if name != "KLMS")]
         assert klms == "KLMS scipy.optimize scipy.integrate"
 
 

@@ -121,7 +121,7 @@ def test_a_platform_in_trouble_loses_nothing(platform: Platform, client: Client,
     until(lambda: not platform.faults)
 
 
-def test_told_to_end_a_worker_delivers_before_it_exits():
+def test_on_sigterm_a_worker_retries_its_result_before_it_exits():
     with serving() as platform:
         client = Client(platform)
         worker = platform.workers[platform.start_worker()].process
@@ -256,7 +256,7 @@ def test_a_device_that_hangs_for_good_has_its_worker_replaced():
         assert (done["status"], done["workerId"]) == ("COMPLETED", "worker-2")
 
 
-def test_told_to_end_a_worker_delivers_what_it_holds():
+def test_on_sigterm_a_worker_finishes_its_jobs_and_takes_no_more():
     with serving(poll_seconds=30) as platform:
         client = Client(platform)
         worker = platform.workers[platform.start_worker()].process

@@ -136,6 +136,7 @@ def test_a_stopped_jobs_result_is_not_sent_again(stub: Platform):
         client.post(f"cancel/{job}")
         until(lambda: not JobsProgress().get_job_count())
         stub.faults.clear()
+        assert results(stub, job) == []
 
     work(echo, clients)
 

@@ -60,7 +60,7 @@ FULL: Sizes = {
     },
     "safety_checker": {"projection_dim": 768},
 }
-"""The model's own configuration: 1.37 thousand million parameters."""
+"""The model's own configuration: 1.37 billion parameters."""
 
 
 SCHEDULER = {

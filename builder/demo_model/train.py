@@ -2,9 +2,9 @@
 
 Four stages, each of which goes on from its last checkpoint when it is run again:
 
-1. pictures: paint the training scenes;
-2. text encoder: a CLIP tokenizer and text encoder, trained to tell what a caption asks for. Captions cost nothing
+1. text encoder: a CLIP tokenizer and text encoder, trained to tell what a caption asks for. Captions cost nothing
    next to pictures, so words and word order are learned here, before the first picture is seen;
+2. pictures: paint the training scenes;
 3. autoencoder: 128 x 128 pictures to 8 x 16 x 16 latents and back;
 4. UNet: the denoiser, on the latents and the text encoder's hidden states.
 
@@ -298,7 +298,7 @@ def train_unet(
         sample_size=latents.shape[-1],
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        # attention only on the 8 x 8 level and below: 2.5 times as fast as on both
+        # no attention on the 16 x 16 level: 2.5 times as fast
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(48, 96, 128),

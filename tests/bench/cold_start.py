@@ -113,7 +113,7 @@ def be(way: str, model: str) -> None:
 
     {"baseline": baseline, "worker": worker}[way](model, done)
     print(json.dumps(marks), flush=True)
-    # how long the process takes to end is nobody's wait
+    # nobody waits for the process to end
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""What the way through the SDK's loop costs: ``python -m tests.bench.worker_loop``.
+"""What the SDK's loop costs: ``python -m tests.bench.worker_loop``.
 
 Jobs of a fixed duration, which nothing can share, go through the real loop against a stand-in of the platform: once
 with this worker, once with a plain synchronous handler around the same engine. Printed is the time from the first job's
@@ -57,7 +57,7 @@ class FixedRunner:
 
 
 def serve(kind: str, seconds: float) -> None:
-    """Is the worker."""
+    """Runs the worker process."""
     settings = Settings.from_environment()
     engine = Engine(None, settings.max_batch_images, FixedRunner(seconds))
 

@@ -18,8 +18,8 @@ from tests.platform_stub.job import FINAL, Job
 
 HANDLER = Path(__file__).parents[2] / "handler.py"
 ENDPOINT = "local"
-LOST_AFTER = 0.2
-"""Seconds between two looks at whether the workers' processes live."""
+WATCH_INTERVAL = 0.2
+"""Seconds between two checks that the workers' processes are alive."""
 RUN_RETENTION, RUNSYNC_RETENTION = 30 * 60_000, 60_000
 """Milliseconds for which a result is kept."""
 
@@ -33,7 +33,7 @@ class WorkerProcess:
     to_be_replaced: bool = False
 
     def crashed(self) -> bool:
-        """Whether it ended in another way than by being asked to, or by asking for another in its place."""
+        """Whether it exited with an error, and had not asked to be replaced."""
         return self.process.poll() not in (None, 0) and not self.to_be_replaced
 
 
@@ -42,8 +42,8 @@ class Platform:
 
     Args:
         key: the API key that clients and workers must send.
-        poll_seconds: how long a worker's request for jobs, or for stop signals, waits for some.
-        speed: how many of the platform's seconds pass in one second: of time-outs, retention, and a webhook's pauses.
+        poll_seconds: how long a worker's long poll for jobs or stop signals waits.
+        speed: how many times shorter than the platform's its time-outs, retention and pauses between webhooks are.
     """
 
     def __init__(self, key: str = "local", poll_seconds: float = 5.0, speed: float = 1.0) -> None:
@@ -183,7 +183,7 @@ class Platform:
         """Ends the jobs of workers that died, and replaces workers that asked for it."""
         seen_dead = set()
         while True:
-            await asyncio.sleep(LOST_AFTER)
+            await asyncio.sleep(WATCH_INTERVAL)
             for name, worker in list(self.workers.items()):
                 if name in seen_dead or worker.process.poll() is None:
                     continue
