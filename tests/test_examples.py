@@ -165,7 +165,7 @@ def test_the_script_says_that_there_is_no_such_endpoint(platform: Platform, clie
     assert said.startswith("not found (404): check ENDPOINT_ID")
 
 
-def test_a_picture_that_cannot_be_saved_is_told_in_one_line(platform: Platform, client: Client, tmp_path: Path):
+def test_a_picture_that_cannot_be_saved_is_reported_in_one_line(platform: Platform, client: Client, tmp_path: Path):
     name = "x" * 252 + ".png"
     ran = generate(tmp_path, environment(platform), "the sea", "--steps", "1", "-o", name)
     assert re.search(
@@ -291,8 +291,6 @@ def test_the_python_example_outlives_a_fault_and_cancels_its_job_when_interrupte
             env=environment(platform),
             stderr=subprocess.PIPE,
             text=True,
-            # as a terminal starts it, however the tests were started
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         (job,) = until(platform.jobs.values)
         until(lambda: not platform.faults)

@@ -104,7 +104,7 @@ def test_a_failed_fetch_says_why_and_leaves_nothing(
     assert list(output.iterdir()) == []
 
 
-def test_a_full_disk_is_told_and_nothing_half_baked_stays(repository: Path, tmp_path: Path):
+def test_a_full_disk_is_reported_and_leaves_no_partial_model(repository: Path, tmp_path: Path):
     mount = "mount -t tmpfs -o size=500k none output"
     if subprocess.run(
         ["unshare", "--map-root-user", "--mount", "sh", "-c", mount.replace("output", "/mnt")]

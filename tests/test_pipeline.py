@@ -184,7 +184,7 @@ def cached(repository: Path, cache: Path, name: str, commit: str) -> None:
     shutil.copytree(repository, cache / f"models--{name.replace('/', '--')}" / "snapshots" / commit)
 
 
-def test_the_pinned_commit_of_a_model_that_runpod_cached_is_preferred_and_another_is_told(
+def test_the_pinned_commit_of_a_model_that_runpod_cached_is_preferred_and_another_is_logged(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(weights, "RUNPOD_CACHE", tmp_path)
@@ -216,7 +216,7 @@ def test_of_a_model_that_runpod_cached_the_newest_usable_commit_is_taken(
     assert (found.name, found.revision, found.where) == (REPO, "new", "RunPod's cached models")
 
 
-def test_what_is_wrong_with_a_cached_model_is_told_where_none_may_be_downloaded(
+def test_what_is_wrong_with_a_cached_model_is_reported_where_none_may_be_downloaded(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(weights, "RUNPOD_CACHE", tmp_path)
@@ -245,7 +245,7 @@ def test_a_broken_download_goes_on_where_it_broke(copy: Path, tmp_path: Path):
 
 
 @pytest.mark.process
-def test_what_the_hub_refuses_is_told_in_one_line(repository: Path, tmp_path: Path):
+def test_what_the_hub_refuses_is_reported_in_one_line(repository: Path, tmp_path: Path):
     home = {"HF_HOME": str(tmp_path)}
     with hub.serve(REPO, repository) as (address, _):
         assert find(home | {"HF_ENDPOINT": address, "MODEL_REVISION": "nope"}) == (

@@ -177,7 +177,7 @@ def test_the_platform_refuses_a_body_over_its_limit(platform: Platform, client: 
     assert client.finished(job)["status"] == "COMPLETED"
 
 
-def test_every_fault_is_told_in_words_and_costs_no_other_job(platform: Platform, client: Client):
+def test_every_failure_has_a_clear_error_and_costs_no_other_job(platform: Platform, client: Client):
     jobs = {
         "crash": client.run("crash"),
         "out of memory": client.run("out of memory", width=256),

@@ -115,7 +115,7 @@ def test_an_unknown_format_is_refused_with_those_there_are():
     assert refusal({"prompt": "x", "output_format": "gif"}) == "output_format: must be png, jpeg or webp, got gif"
 
 
-def test_all_faults_are_told_together():
+def test_all_errors_are_reported_together():
     assert refusal({"promt": "a cat", "width": 515, "height": 10_000}) == (
         "prompt: required; width: must be a multiple of 8, got 515; height: must be at most 1024, got 10000; "
         "promt: unknown field, did you mean prompt?"

@@ -118,7 +118,7 @@ def test_the_embedded_models_name_has_no_case():
         ("MODELID", "MODEL_ID"),
     ],
 )
-def test_a_variable_that_is_nearly_a_setting_is_told(variable: str, meant: str):
+def test_a_variable_that_is_nearly_a_setting_is_reported(variable: str, meant: str):
     hint = f"{variable} is not a setting: did you mean {meant}?"
     assert misspelt({variable: "1", "PATH": "/bin"}) == [hint]
     assert refusal(**{variable: "1", "ATTENTION_SLICING": "x"}).endswith(f"; {hint}")
@@ -134,7 +134,7 @@ def test_what_others_read_is_not_taken_for_a_slip():
     assert misspelt(dict.fromkeys(asked, "1")) == []
 
 
-def test_all_bad_values_are_told_together_and_the_token_never():
+def test_all_bad_values_are_reported_together_and_the_token_never():
     said = refusal(HF_TOKEN="hf_secret", ATTENTION_SLICING="x", SAFETY_CHECKER="maybe")
     assert "ATTENTION_SLICING=x" in said
     assert "SAFETY_CHECKER=maybe" in said

@@ -57,7 +57,7 @@ def test_two_jobs_load_the_pipeline_once(repository: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("bad", [{"id": "job-1"}, {"id": "job-1", "input": None}, {"id": "job-1", "input": ["secret"]}])
-def test_bad_input_is_answered_in_words(v1_4_engine: Engine, capsys: pytest.CaptureFixture, bad: dict):
+def test_bad_input_is_answered_with_an_error(v1_4_engine: Engine, capsys: pytest.CaptureFixture, bad: dict):
     assert run(v1_4_engine, bad)["error"].startswith("invalid input: must be an object")
     assert run(v1_4_engine, job(width=65, prompt="secret\x00")) == {
         "error": "invalid input: prompt: must not hold control characters other than newline and tab; "
@@ -68,7 +68,7 @@ def test_bad_input_is_answered_in_words(v1_4_engine: Engine, capsys: pytest.Capt
     assert "secret" not in log
 
 
-def test_an_unforeseen_error_is_told_to_the_log_alone(
+def test_an_unexpected_error_is_described_in_the_log_alone(
     v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     def fail(*_: object, **__: object) -> None:

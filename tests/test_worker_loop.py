@@ -242,7 +242,7 @@ def test_a_bad_job_costs_its_batch_nothing(stub: Platform, capsys: pytest.Captur
     assert "7 of 9 jobs dropped" in capsys.readouterr().out
 
 
-def test_an_outage_is_told_when_it_begins_once_a_minute_and_when_it_is_over(
+def test_an_outage_is_logged_when_it_begins_once_a_minute_and_when_it_is_over(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     now = 0.0
@@ -262,7 +262,7 @@ def test_an_outage_is_told_when_it_begins_once_a_minute_and_when_it_is_over(
     assert len(set(pauses)) == len(pauses)
 
 
-def test_a_heartbeat_that_fails_is_told_once_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_a_heartbeat_that_fails_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     now = 0.0
     monkeypatch.setattr(rp_ping, "log", QuietLog())
     monkeypatch.setenv("RUNPOD_WEBHOOK_PING", "http://127.0.0.1:9/ping")

@@ -38,6 +38,7 @@ printf %s "$token" >"$work/token"
 "$python" -u -m http.server --bind 127.0.0.1 --directory "$work/index" 0 >"$work/index-address" 2>"$work/index-log" &
 "$python" -m tests.hub someone/tiny --token "$token" >"$work/hub-address" &
 for _ in $(seq 60); do [ -s "$work/hub-address" ] && [ -s "$work/index-address" ] || sleep 1; done
+[ -s "$work/hub-address" ] && [ -s "$work/index-address" ] || fail "the stand-ins did not start: $(cat "$work/index-log")"
 index=$(sed -E 's/.*\((.*)\/\).*/\1/' "$work/index-address")
 build() {
     buildah build --layers --secret "id=hf_token,src=$work/token" --build-arg "TORCH_INDEX=$index" \
@@ -56,6 +57,7 @@ layers = json.load(open(sys.argv[1]))["layers"][below:]
 print(*(layer["digest"].removeprefix("sha256:") for layer in layers))
 END
 )
+grep -q --binary-files=text app/handler.py "$work"/image/* || fail "the layers cannot be searched"
 for layer in $ours; do
     if grep -q --binary-files=text "$token" "$work/image/$layer"; then fail "the token is in layer $layer"; fi
     tar -tf "$work/image/$layer" >"$work/names"
@@ -70,7 +72,7 @@ say "where the packages came from"
 container=$(buildah from --pull=never worker-test)
 run() { buildah run "$container" -- "$@"; }
 asked=$(grep -oE 'GET /[^/ ]+' "$work/index-log" | sort -u | cut -d/ -f2 | xargs)
-[ "$asked" = "cuda-standin nvidia-standin torch" ] || fail "of PyTorch's index were asked: $asked"
+[ "$asked" = "cuda-standin nvidia-standin torch" ] || fail "PyTorch's index was asked for: $asked"
 grep -q "GET /torch/torch-.*whl" "$work/index-log" || fail "torch is not from its index"
 run pip check || fail "the packages do not fit together"
 
@@ -85,8 +87,8 @@ echo "user $id"
 
 say "a start with the baked model, without a network"
 unshare --net buildah run "$container" -- python handler.py --check | tee "$work/log"
-grep -q "model: someone/tiny at 0123456789ab, directory /model" "$work/log" || fail "the log"
-grep -q "ready: " "$work/log" || fail "the log"
+grep -q "model: someone/tiny at 0123456789ab, directory /model" "$work/log" || fail "the log does not name the model and its directory"
+grep -q "ready: " "$work/log" || fail "the log has no ready line"
 
 say "a picture through the platform, without a network"
 unshare --net sh -c 'ip link set lo up && exec "$@"' sh "$python" -m tests.image.generate "$container"
@@ -104,6 +106,6 @@ container=$(buildah from --pull=never --volume "$work/cache:/runpod-volume/huggi
 run test ! -e /model || fail "it has a model"
 start() { unshare --net buildah run --env "MODEL_ID=$1" "$container" -- sh -c 'python handler.py && test -s picture.png'; }
 start someone/tiny >"$work/log" || fail "no picture: $(cat "$work/log")"
-grep "model: someone/tiny at 0123456789ab, RunPod's cached models" "$work/log" || fail "the log"
+grep "model: someone/tiny at 0123456789ab, RunPod's cached models" "$work/log" || fail "the log does not name RunPod's cache: $(cat "$work/log")"
 if start someone/other >"$work/log"; then fail "it starts without a model"; fi
-grep "choose it as the endpoint's Model" "$work/log" || fail "the log"
+grep "choose it as the endpoint's Model" "$work/log" || fail "the log does not suggest the endpoint's Model: $(cat "$work/log")"
