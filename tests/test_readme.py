@@ -1,5 +1,6 @@
 """The README's tables and commands say what the code does."""
 
+import json
 import re
 from pathlib import Path
 from typing import get_args
@@ -59,6 +60,15 @@ def test_the_response_table():
     assert of_an_image == {"image", "seed", "nsfw_content_detected"}
     assert fields({"num_images": 2}) - one == {"images"}
     assert "`images`" in README
+
+
+def test_the_example_of_a_job():
+    asked, answered = (json.loads(block) for block in re.findall(r"```json\n(.+?)```", README, re.S)[:2])
+    request = ImageRequest.parse(asked["input"], V1_4)
+    assert set(asked["input"]) == set(ImageRequest.model_fields)
+    pictures = [Picture(RED, request.seed, None)]
+    output = job_output(request, pictures, [], model_name="demo", max_result_bytes=10**7)
+    assert answered["output"] | {"image": ""} == output | {"image": ""}
 
 
 def test_the_settings_table():
