@@ -190,3 +190,12 @@ def test_the_read_ahead_follows_the_order_in_which_the_image_loads(repository: P
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_what_loads_the_kernels_computes(device: str):
     startup._compute_something_small(device)
+
+
+def test_kernels_are_loaded_onto_a_cuda_device_only(monkeypatch: pytest.MonkeyPatch):
+    computed: list[str] = []
+    monkeypatch.setattr(startup, "_compute_something_small", computed.append)
+    for available, expected in ((False, []), (True, ["cuda"])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        startup._load_kernels()
+        assert computed == expected
