@@ -76,7 +76,8 @@ def test_a_result_is_sent_until_it_has_arrived(stub: Platform, monkeypatch: pyte
         client = Client(stub)
         jobs = [client.run(f"{i}") for i in range(4)]
         assert [client.finished(job)["status"] for job in jobs] == ["COMPLETED"] * 4
-        assert not stub.faults
+        # a job whose answer was lost is completed before the worker knows
+        until(lambda: not stub.faults)
         for job in jobs:
             sent = results(stub, job)
             assert sent == sent[:1] * len(sent)
