@@ -15,7 +15,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-from src.arguments import parse_arguments
+from src.serving.command_line import parse_arguments
 
 if TYPE_CHECKING:
     from src.settings import Settings
@@ -44,30 +44,30 @@ def build_worker(settings: "Settings", progress_reports: "ProgressReports | None
         StartError: if the model cannot be loaded.
         JobError: if it cannot generate.
     """
-    from src import imports, startup
     from src.settings import misspelt
+    from src.startup import import_libraries, prefetch
 
     begun = time.monotonic()
-    startup.begin(settings)
+    prefetch.begin(settings)
     # these imports are most of a cold start: they wait until the disk is at work
     import torch  # noqa: F401
 
-    imports.defer()
-    startup.load_kernels()
-    from src import pipeline
-    from src.engine import Engine
+    import_libraries.defer()
+    prefetch.load_kernels()
+    from src.generation.engine import Engine
+    from src.model import loading
     from src.worker import Worker
 
-    log = pipeline.log
+    log = loading.log
     for hint in misspelt():
         log.warn(hint)
     log.info(f"imports: {time.monotonic() - begun:.1f} s")
-    engine = Engine(pipeline.load(settings), settings.max_batch_images, stall_timeout=settings.stall_timeout)
+    engine = Engine(loading.load(settings), settings.max_batch_images, stall_timeout=settings.stall_timeout)
     loaded = time.monotonic()
     engine.warm_up()
     log.info(f"warm-up: {time.monotonic() - loaded:.1f} s")
-    startup.finish()
-    log.info(f"ready: {pipeline.memory_in_use()}, {time.monotonic() - begun:.1f} s in all")
+    prefetch.finish()
+    log.info(f"ready: {loading.memory_in_use()}, {time.monotonic() - begun:.1f} s in all")
     return Worker(engine, settings, progress_reports)
 
 
@@ -101,28 +101,28 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     # imported late, so that --help and a misspelt argument are answered at once
-    from src import local
-    from src.request import JobError
-    from src.settings import Settings, StartError, on_runpod
+    from src.errors import JobError, StartError
+    from src.serving import one_job
+    from src.settings import Settings, on_runpod
 
     runs_one_job = not arguments.rp_serve_api and (arguments.test_input is not None or not on_runpod())
     try:
         settings = Settings.from_environment()
         if arguments.rp_serve_api:
-            local.check_address(arguments.rp_api_host, arguments.rp_api_port)
+            one_job.check_address(arguments.rp_api_host, arguments.rp_api_port)
         elif runs_one_job and not arguments.check:
-            local.check_job(arguments.test_input)
-        worker = build_worker(settings, local.progress_bar if runs_one_job else None)
+            one_job.check_job(arguments.test_input)
+        worker = build_worker(settings, one_job.progress_bar if runs_one_job else None)
     except (StartError, JobError) as error:
         refuse_to_start(error)
     if arguments.check:
         return
     if runs_one_job:
-        local.run_job(worker.handle, quiet=not arguments.rp_log_level)
+        one_job.run_job(worker.handle, quiet=not arguments.rp_log_level)
     else:
-        from src import platform
+        from src.serving import worker_loop
 
-        platform.start(worker.handle, settings.max_concurrency)
+        worker_loop.start(worker.handle, settings.max_concurrency)
 
 
 if __name__ == "__main__":

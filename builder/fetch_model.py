@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from src import weights
-from src.settings import DEFAULT_MODEL_ID, Settings, StartError
+from src.errors import StartError
+from src.model import repository
+from src.settings import DEFAULT_MODEL_ID, Settings
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -31,7 +32,7 @@ def fetch(model_id: str, revision: str | None, output: Path) -> None:
         StartError: if the model cannot be had, or is not one that the worker runs.
     """
     settings = Settings(model_id=model_id, model_revision=revision)
-    found = weights.find(model_id, settings)
+    found = repository.find(model_id, settings)
     print(f"{found}: {found.where}, {found.path}", flush=True)
     # imported only now: a model that cannot be downloaded is reported at once
     import torch
@@ -49,7 +50,7 @@ def fetch(model_id: str, revision: str | None, output: Path) -> None:
         shutil.rmtree(output, ignore_errors=True)
         unfinished.rename(output)
     except Exception as error:
-        raise StartError(f"cannot save it in float16: {weights.first_line(error)}") from error
+        raise StartError(f"cannot save it in float16: {repository.first_line(error)}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())

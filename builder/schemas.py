@@ -5,12 +5,13 @@ With them clients can check a request before they pay for it.
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import TypeAdapter
 
-from src.output import JobOutput
-from src.request import MAX_PROMPT_LENGTH, ImageRequest, ModelLimits, SchedulerName
+from src.api.output import JobOutput
+from src.api.request import MAX_PROMPT_LENGTH, ImageRequest, ModelLimits
+from src.schedulers import SCHEDULERS
 
 V1_4 = ModelLimits(native_size=512, max_size=1024, scheduler="PNDM")
 FOLDER = Path(__file__).parents[1] / "examples" / "schema"
@@ -24,7 +25,7 @@ def input_schema(limits: ModelLimits) -> dict[str, Any]:
     fields = schema["properties"]
     for name in ("width", "height"):
         fields[name] |= {"maximum": limits.max_size, "default": limits.native_size}
-    fields["scheduler"] |= {"enum": [*get_args(SchedulerName)], "default": limits.scheduler}
+    fields["scheduler"] |= {"enum": [*SCHEDULERS], "default": limits.scheduler}
     fields["prompt"] |= {"pattern": r"\S", "maxLength": MAX_PROMPT_LENGTH}
     fields["negative_prompt"]["maxLength"] = MAX_PROMPT_LENGTH
     for name, field in fields.items():

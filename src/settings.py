@@ -8,15 +8,13 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from src.errors import StartError
+
 DEFAULT_MODEL_ID = "CompVis/stable-diffusion-v1-4"
 DEFAULT_MODEL_REVISION = "133a221b8aa7292a167afc5127cb63fb5005638b"
 """The commit of ``DEFAULT_MODEL_ID`` that the worker was made for."""
 DEMO_MODEL_ID = "demo"
 """The embedded model."""
-
-
-class StartError(Exception):
-    """Why the worker cannot start, in one line for its operator."""
 
 
 class Settings(BaseModel):

@@ -10,11 +10,12 @@ from typing import Any
 
 from runpod import RunPodLogger
 
-from src import platform
-from src.bucket import Bucket
-from src.engine import Engine, Progress
-from src.output import job_output
-from src.request import ImageRequest, JobError
+from src.api.bucket import Bucket
+from src.api.output import job_output
+from src.api.request import ImageRequest
+from src.errors import JobError
+from src.generation.engine import Engine, Progress
+from src.serving import worker_loop
 from src.settings import Settings
 
 log = RunPodLogger()
@@ -38,7 +39,7 @@ class Worker:
     def __init__(self, engine: Engine, settings: Settings, progress_reports: ProgressReports | None = None) -> None:
         self._engine = engine
         self._settings = settings
-        self._progress_reports = progress_reports or platform.progress_reports
+        self._progress_reports = progress_reports or worker_loop.progress_reports
         self._bucket = Bucket(settings) if settings.bucket_name else None
         self._answers: dict[str, asyncio.Task[dict[str, Any]]] = {}
 

@@ -20,37 +20,37 @@ import pytest
 import requests
 import torch
 
-from src import imports
+from src.startup import import_libraries
 
 # as handler.py does: the tests run what the worker runs, and start sooner
-imports.defer()
+import_libraries.defer()
 
-from src import pipeline
-from src.engine import Engine
-from src.pipeline import Model
+from src.generation.engine import Engine
+from src.model import loading
+from src.model.loading import Model
 from src.settings import Settings
-from tests.client import Client, until
-from tests.platform_stub import HANDLER, Platform, serving
-from tests.v1_4 import make_repository
+from tests.support.client import Client, until
+from tests.support.platform_stub import HANDLER, Platform, serving
+from tests.support.v1_4 import make_repository
 
 gc.freeze()
 gc.enable()
 
 
 @pytest.fixture(scope="session")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def v1_4_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small v1-4, with random weights. Tests that change it copy it first."""
     return make_repository(tmp_path_factory.mktemp("v1-4"))
 
 
 @pytest.fixture(scope="session")
-def loaded(repository: Path) -> dict[str, Model]:
-    return {name: pipeline.load(Settings(model_id=name)) for name in (str(repository), "demo")}
+def loaded(v1_4_repository: Path) -> dict[str, Model]:
+    return {name: loading.load(Settings(model_id=name)) for name in (str(v1_4_repository), "demo")}
 
 
 @pytest.fixture
-def v1_4_model(loaded: dict[str, Model], repository: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
-    return with_its_own_scheduler(loaded[str(repository)], monkeypatch)
+def v1_4_model(loaded: dict[str, Model], v1_4_repository: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    return with_its_own_scheduler(loaded[str(v1_4_repository)], monkeypatch)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     yield
 
 
-FAULTY = [sys.executable, "-m", "tests.faulty_worker"]
+FAULTY = [sys.executable, "-m", "tests.support.faulty_worker"]
 """The command of a worker that fails when a prompt asks for it."""
 
 

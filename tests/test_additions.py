@@ -15,13 +15,15 @@ from PIL import Image
 
 from builder.schemas import V1_4
 from examples import generate
-from src.batch import SCHEDULERS, BatchRunner
-from src.output import OneImage, encode, parameters
-from src.pipeline import Model
-from src.request import ImageRequest, OutputFormat
+from src.api.output import OneImage
+from src.api.picture import encode, parameters
+from src.api.request import ImageRequest, OutputFormat
+from src.generation.batch_runner import BatchRunner
+from src.model.loading import Model
+from src.schedulers import SCHEDULERS
 from src.settings import Settings
-from tests.client import until
-from tests.platform_stub import serving
+from tests.support.client import until
+from tests.support.platform_stub import serving
 from tests.test_examples import GENERATE, LIKELY, environment
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +100,7 @@ def test_an_output_tells_what_the_client_may_not_know():
 
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_every_setting_is_read_somewhere(name: str):
-    modules = [ROOT / "handler.py", *(ROOT / "src").glob("*.py")]
+    modules = [ROOT / "handler.py", *(ROOT / "src").rglob("*.py")]
     assert any(re.search(rf"settings\.{name}\b", path.read_text()) for path in modules)
 
 
@@ -143,7 +145,7 @@ def test_postman_knows_how_every_formats_files_begin():
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_picture_takes_as_long_as_its_steps(name: str):
     """The README's costs and the share that /status shows count on one call of the UNet a step."""
-    scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(
+    scheduler = getattr(diffusers, SCHEDULERS[name].class_name).from_config(
         diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1).config
     )
     scheduler.set_timesteps(50)

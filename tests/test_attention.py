@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
 
-from src.attention import FusedSlicedAttnProcessor, enable_attention_slicing
-from src.pipeline import Model
+from src.generation.attention import FusedSlicedAttnProcessor, enable_attention_slicing
+from src.model.loading import Model
 
 IMAGES, TOKENS, CHANNELS = 3, 16, 24
 

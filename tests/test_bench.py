@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.process
 @pytest.mark.parametrize("way", ["baseline", "worker"])
-def test_a_start_is_measured(way: str, repository: Path):
-    taken = cold_start.start(way, repository)
+def test_a_start_is_measured(way: str, v1_4_repository: Path):
+    taken = cold_start.start(way, v1_4_repository)
     assert {"interpreter", "weights"} <= set(taken)
 
 

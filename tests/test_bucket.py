@@ -24,9 +24,10 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from PIL import Image
 from werkzeug.serving import make_server
 
-from src.bucket import Bucket, address
-from src.engine import Engine
-from src.request import JobError, OutputFormat
+from src.api.bucket import Bucket, address
+from src.api.request import OutputFormat
+from src.errors import JobError
+from src.generation.engine import Engine
 from src.settings import Settings
 from src.worker import Worker
 from tests.test_readme import README

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from builder.demo_model import captions, evaluate, scenes, train
-from src.batch import SCHEDULERS
-from src.engine import Engine
-from src.request import ImageRequest
-from src.vocabulary import NOT_UNDERSTOOD, vocabulary_warnings
-from src.weights import DEMO_MODEL
+from src.api.request import ImageRequest
+from src.generation.engine import Engine
+from src.model.demo.vocabulary import NOT_UNDERSTOOD, vocabulary_warnings
+from src.model.repository import DEMO_MODEL
+from src.schedulers import SCHEDULERS
 
 
 def generate(engine: Engine, prompt: str, **job_input: object) -> np.ndarray:

@@ -20,7 +20,7 @@ import pytest
 import requests
 from PIL import Image
 
-from tests.client import picture
+from tests.support.client import picture
 
 pytestmark = pytest.mark.process
 

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from src.engine import Engine, GenerationResult, Progress
-from src.output import Picture
-from src.request import ImageRequest, JobError, ModelLimits
+from src.api.picture import Picture
+from src.api.request import ImageRequest, ModelLimits
+from src.errors import JobError
+from src.generation.engine import Engine, GenerationResult, Progress
 
 LIMITS = ModelLimits(native_size=64, max_size=128, scheduler="PNDM")
 IMAGE = Image.new("RGB", (64, 64))

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from builder.schemas import V1_4, files, input_schema, output_schema
-from src.request import ImageRequest, JobError, OutputFormat
+from src.api.request import ImageRequest, OutputFormat
+from src.errors import JobError
+from src.model.demo.vocabulary import NOT_UNDERSTOOD
 from src.settings import Settings
-from src.vocabulary import NOT_UNDERSTOOD
-from tests.client import Client, receiver, until
-from tests.platform_stub import Fault, Platform, serving
+from tests.support.client import Client, receiver, until
+from tests.support.platform_stub import Fault, Platform, serving
 
 ROOT = Path(__file__).parents[1]
 GENERATE = ROOT / "examples" / "generate.sh"

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src import pipeline, weights
+from src.model import loading, repository
 from src.settings import Settings
-from tests import hub
+from tests.support import hub
 
 pytestmark = pytest.mark.process
 
@@ -34,9 +34,9 @@ def fetch(
     )
 
 
-def test_a_model_is_baked_in_float16_and_remembers_its_origin(repository: Path, tmp_path: Path):
+def test_a_model_is_baked_in_float16_and_remembers_its_origin(v1_4_repository: Path, tmp_path: Path):
     output = tmp_path / "model"
-    with hub.serve(REPO, repository) as (address, fetched):
+    with hub.serve(REPO, v1_4_repository) as (address, fetched):
         ran = fetch(output, address, tmp_path / "home")
     assert ran.returncode == 0, ran.stderr
     assert not [name for name in fetched if name.endswith(".bin")]
@@ -45,14 +45,14 @@ def test_a_model_is_baked_in_float16_and_remembers_its_origin(repository: Path, 
     assert all(path.stat().st_mode & 0o004 for path in output.rglob("*")), "the image's user cannot read it"
     tensors = load_file(output / "unet" / "diffusion_pytorch_model.safetensors").values()
     assert {tensor.dtype for tensor in tensors} == {torch.float16}
-    found = weights.find(str(output), Settings())
+    found = repository.find(str(output), Settings())
     assert (found.name, found.revision) == (REPO, hub.REVISION)
-    assert pipeline.load(Settings(model_id=str(output))).pipe.safety_checker is not None
+    assert loading.load(Settings(model_id=str(output))).pipe.safety_checker is not None
 
 
-def test_a_gated_model_is_fetched_with_a_token_that_is_kept_nowhere(repository: Path, tmp_path: Path):
+def test_a_gated_model_is_fetched_with_a_token_that_is_kept_nowhere(v1_4_repository: Path, tmp_path: Path):
     (tmp_path / "token").write_text("hf_right\n")
-    with hub.serve(REPO, repository, token="hf_right") as (address, _):
+    with hub.serve(REPO, v1_4_repository, token="hf_right") as (address, _):
         ran = fetch(tmp_path / "model", address, tmp_path / "home", HF_TOKEN_PATH=str(tmp_path / "token"))
     assert ran.returncode == 0, ran.stderr
     (tmp_path / "token").unlink()
@@ -91,9 +91,9 @@ def with_a_damaged_file(folder: Path) -> None:
     ],
 )
 def test_a_failed_fetch_says_why_and_leaves_nothing(
-    repository: Path, tmp_path: Path, damage: Callable | None, token: str | None, revision: str, said: str
+    v1_4_repository: Path, tmp_path: Path, damage: Callable | None, token: str | None, revision: str, said: str
 ):
-    folder, output = shutil.copytree(repository, tmp_path / "repository"), tmp_path / "output"
+    folder, output = shutil.copytree(v1_4_repository, tmp_path / "repository"), tmp_path / "output"
     if damage:
         damage(folder)
     output.mkdir()
@@ -104,7 +104,7 @@ def test_a_failed_fetch_says_why_and_leaves_nothing(
     assert list(output.iterdir()) == []
 
 
-def test_a_full_disk_is_reported_and_leaves_no_partial_model(repository: Path, tmp_path: Path):
+def test_a_full_disk_is_reported_and_leaves_no_partial_model(v1_4_repository: Path, tmp_path: Path):
     mount = "mount -t tmpfs -o size=500k none output"
     if subprocess.run(
         ["unshare", "--map-root-user", "--mount", "sh", "-c", mount.replace("output", "/mnt")]
@@ -112,7 +112,7 @@ def test_a_full_disk_is_reported_and_leaves_no_partial_model(repository: Path, t
         pytest.skip("no file system can be mounted here")
     (tmp_path / "output").mkdir()
     around = f'cd {tmp_path} && {mount} && cd {ROOT} && "$@"; echo $?; ls -A {tmp_path}/output'
-    with hub.serve(REPO, repository) as (address, _):
+    with hub.serve(REPO, v1_4_repository) as (address, _):
         ran = fetch(
             tmp_path / "output" / "model",
             address,

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from builder import image_size
-from src import startup
 from src.settings import DEFAULT_MODEL_ID
-from tests import hub
+from src.startup import prefetch
+from tests.support import hub
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
@@ -64,7 +64,7 @@ def test_a_container_runtime_is_asked_for_the_gpu():
 
 
 @pytest.mark.process
-def test_what_is_copied_suffices_to_fetch_a_model_and_to_start_with_it(repository: Path, tmp_path: Path):
+def test_what_is_copied_suffices_to_fetch_a_model_and_to_start_with_it(v1_4_repository: Path, tmp_path: Path):
     app, model = tmp_path / "app", tmp_path / "model"
     app.mkdir()
 
@@ -86,13 +86,13 @@ def test_what_is_copied_suffices_to_fetch_a_model_and_to_start_with_it(repositor
         copy(*pair)
     values = {"$MODEL_ID": "someone/tiny", "$MODEL_REVISION": "", "/model": str(model)}
     arguments = [values.get(word, word) for word in shlex.split(fetch)]
-    with hub.serve("someone/tiny", repository) as (address, _):
+    with hub.serve("someone/tiny", v1_4_repository) as (address, _):
         run([sys.executable, *arguments], HF_ENDPOINT=address)
     for pair in copied(after):
         copy(*pair)
     (record,) = re.findall(r"python (-m builder\.record_start \S+ \S+)", after)
     run([sys.executable, *shlex.split(record)])
-    assert (app / "src" / startup.START_FILES.name).stat().st_size > 100_000
+    assert (app / "src" / prefetch.START_FILES.name).stat().st_size > 100_000
     settings = variables("ENV")
     assert settings.pop("MODEL_ID") == "${MODEL_ID:+/model}"
     assert settings["HF_HUB_OFFLINE"] == "1"

@@ -11,9 +11,11 @@ from PIL import ExifTags, Image, ImageChops, ImageStat
 from PIL.PngImagePlugin import PngInfo
 
 from builder.schemas import V1_4
-from src.output import Picture, job_output, parameters
-from src.request import ImageRequest, JobError, OutputFormat
-from src.weights import DEMO_MODEL
+from src.api.output import job_output
+from src.api.picture import Picture, parameters
+from src.api.request import ImageRequest, OutputFormat
+from src.errors import JobError
+from src.model.repository import DEMO_MODEL
 
 RED = Image.new("RGB", (64, 64), (255, 0, 0))
 

@@ -14,9 +14,9 @@ import requests
 import runpod
 
 from tests.bench.load import load
-from tests.client import Client, picture, results, until
 from tests.conftest import FAULTY
-from tests.platform_stub import HANDLER, Fault, Platform, serving
+from tests.support.client import Client, picture, results, until
+from tests.support.platform_stub import HANDLER, Fault, Platform, serving
 
 pytestmark = pytest.mark.process
 
@@ -159,7 +159,7 @@ def test_a_worker_survives_the_platforms_absence(tmp_path: Path):
 
 
 def test_what_ends_the_platform_ends_its_workers():
-    command = [sys.executable, "-m", "tests.platform_stub", "--port", "0"]
+    command = [sys.executable, "-m", "tests.support.platform_stub", "--port", "0"]
     with subprocess.Popen(command, cwd=HANDLER.parent, stdout=subprocess.PIPE) as stub:
         assert b"serving http://127.0.0.1:" in stub.stdout.readline()
         (worker,) = psutil.Process(stub.pid).children()

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.client import Client, receiver, until
-from tests.platform_stub import Platform, serving
-from tests.platform_stub.job import WEEK
+from tests.support.client import Client, receiver, until
+from tests.support.platform_stub import Platform, serving
+from tests.support.platform_stub.job import WEEK
 
 TAKE = "job-take/worker-1"
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.schemas import V1_4
-from src.request import MAX_SEED, ImageRequest, JobError, ModelLimits
+from src.api.request import MAX_SEED, ImageRequest, ModelLimits
+from src.errors import JobError
 
 DEMO = ModelLimits(native_size=128, max_size=256, scheduler="DDIM")
 

@@ -5,7 +5,8 @@ import huggingface_hub
 import pytest
 import runpod
 
-from src.settings import Settings, StartError, misspelt
+from src.errors import StartError
+from src.settings import Settings, misspelt
 
 
 def refusal(**environment: str) -> str:

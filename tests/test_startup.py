@@ -13,9 +13,11 @@ import pytest
 import runpod
 import torch
 
-from src import startup, weights
-from src.arguments import parse_arguments
-from src.settings import Settings, StartError
+from src.errors import StartError
+from src.model import repository
+from src.serving.command_line import parse_arguments
+from src.settings import Settings
+from src.startup import prefetch
 from tests.test_end_to_end import run_handler
 
 ROOT = Path(__file__).parents[1]
@@ -27,12 +29,12 @@ def python(code: str) -> str:
 
 
 @pytest.mark.process
-def test_a_start_can_be_tried_without_a_job_and_says_what_it_took(repository: Path, tmp_path: Path):
-    ran = run_handler(tmp_path, "--check", MODEL_ID=str(repository), MAX_CONCURRENCY="1")
+def test_a_start_can_be_tried_without_a_job_and_says_what_it_took(v1_4_repository: Path, tmp_path: Path):
+    ran = run_handler(tmp_path, "--check", MODEL_ID=str(v1_4_repository), MAX_CONCURRENCY="1")
     assert ran.returncode == 0
     assert re.fullmatch(
         r"INFO   \| imports: \d+\.\d s\n"
-        rf"INFO   \| model: {repository.name}, directory {repository}, \d+\.\d s\n"
+        rf"INFO   \| model: {v1_4_repository.name}, directory {v1_4_repository}, \d+\.\d s\n"
         r"INFO   \| weights: on the CPU in float32, attention slicing auto, CUDA graphs off, safety checker on, "
         r"\d+\.\d s\n"
         r"INFO   \| warm-up: \d+\.\d s\n"
@@ -95,11 +97,11 @@ def test_nothing_heavy_is_imported_before_the_disk_is_at_work():
 def test_garbage_is_not_collected_before_the_start_is_over():
     code = (
         "import gc, sys\n"
-        "from src import startup\n"
+        "from src.startup import prefetch\n"
         "from src.settings import Settings\n"
-        "startup.begin(Settings(model_id='demo'))\n"
+        "prefetch.begin(Settings(model_id='demo'))\n"
         "assert not gc.isenabled()\n"
-        "startup.finish()\n"
+        "prefetch.finish()\n"
         "assert gc.isenabled() and gc.get_freeze_count()\n"
         "print('torch' in sys.modules)\n"
     )
@@ -108,7 +110,7 @@ def test_garbage_is_not_collected_before_the_start_is_over():
 
 def test_a_model_that_cannot_be_is_refused_before_the_imports(tmp_path: Path):
     with pytest.raises(StartError, match="it has no model_index"):
-        startup.begin(Settings(model_id=str(tmp_path)))
+        prefetch.begin(Settings(model_id=str(tmp_path)))
 
 
 @pytest.mark.process
@@ -135,11 +137,11 @@ def test_files_that_are_read_ahead_are_in_the_page_cache(tmp_path: Path, monkeyp
 
     weights, module, missing = uncached("weights"), uncached("a module.py"), tmp_path / "missing"
     start_files = tmp_path / "start_files.txt"
-    monkeypatch.setattr(startup, "START_FILES", start_files)
-    startup._read_ahead([weights, missing])
+    monkeypatch.setattr(prefetch, "START_FILES", start_files)
+    prefetch._read_ahead([weights, missing])
     assert (share_cached(weights), share_cached(module)) == (1, 0)
     start_files.write_text(f"{missing}\n{module}\n")
-    startup._read_ahead([])
+    prefetch._read_ahead([])
     assert share_cached(module) == 1
 
 
@@ -157,8 +159,9 @@ def test_boto3_is_imported_at_start_and_for_a_bucket_only():
     def imported(**settings: str) -> str:
         settings = {"MODEL_ID": "demo", **settings}
         return python(
-            "import sys, threading; from src import startup, worker; from src.settings import Settings\n"
-            f"startup.begin(Settings.from_environment({settings}))\n"
+            "import sys, threading; from src import worker\n"
+            "from src.startup import prefetch; from src.settings import Settings\n"
+            f"prefetch.begin(Settings.from_environment({settings}))\n"
             "for thread in threading.enumerate()[1:]: thread.join()\n"
             "print('boto3' in sys.modules)"
         )
@@ -169,7 +172,7 @@ def test_boto3_is_imported_at_start_and_for_a_bucket_only():
 
 
 @pytest.mark.process
-def test_the_read_ahead_follows_the_order_in_which_the_image_loads(repository: Path):
+def test_the_read_ahead_follows_the_order_in_which_the_image_loads(v1_4_repository: Path):
     code = (
         "import diffusers.pipelines.pipeline_utils as utils\n"
         "real = utils.load_sub_model\n"
@@ -177,25 +180,25 @@ def test_the_read_ahead_follows_the_order_in_which_the_image_loads(repository: P
         "    print(name)\n"
         "    return real(*args, name=name, **kwargs)\n"
         "utils.load_sub_model = load\n"
-        f"utils.DiffusionPipeline.from_pretrained({str(repository)!r})\n"
+        f"utils.DiffusionPipeline.from_pretrained({str(v1_4_repository)!r})\n"
     )
     command = [sys.executable, "-c", code]
     environment = os.environ | {"PYTHONHASHSEED": "0"}
     loaded = subprocess.run(command, env=environment, text=True, capture_output=True, check=True).stdout.split()
-    files = weights.weight_files(repository, Settings())
-    assert [name for name in loaded if name in weights.WEIGHT_FILES] == [file.parent.name for file in files]
+    files = repository.weight_files(v1_4_repository, Settings())
+    assert [name for name in loaded if name in repository.WEIGHT_FILES] == [file.parent.name for file in files]
     assert "PYTHONHASHSEED=0" in (ROOT / "Dockerfile").read_text()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_what_loads_the_kernels_computes(device: str):
-    startup._compute_something_small(device)
+    prefetch._compute_something_small(device)
 
 
 def test_kernels_are_loaded_onto_a_cuda_device_only(monkeypatch: pytest.MonkeyPatch):
     computed: list[str] = []
-    monkeypatch.setattr(startup, "_compute_something_small", computed.append)
+    monkeypatch.setattr(prefetch, "_compute_something_small", computed.append)
     for available, expected in ((False, []), (True, ["cuda"])):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
-        startup._load_kernels()
+        prefetch._load_kernels()
         assert computed == expected

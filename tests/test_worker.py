@@ -9,8 +9,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from src import pipeline
-from src.engine import Engine
+from src.generation.engine import Engine
+from src.model import loading
 from src.settings import Settings
 from src.worker import KEPT_ANSWERS, Worker
 
@@ -42,7 +42,7 @@ def test_a_job_in_and_its_output_out(v1_4_engine: Engine, capsys: pytest.Capture
     assert "secret" not in log
 
 
-def test_two_jobs_load_the_pipeline_once(repository: Path, monkeypatch: pytest.MonkeyPatch):
+def test_two_jobs_load_the_pipeline_once(v1_4_repository: Path, monkeypatch: pytest.MonkeyPatch):
     real, loads = StableDiffusionPipeline.from_pretrained, []
 
     def counted(*args: object, **kwargs: object) -> StableDiffusionPipeline:
@@ -50,7 +50,7 @@ def test_two_jobs_load_the_pipeline_once(repository: Path, monkeypatch: pytest.M
         return real(*args, **kwargs)
 
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", counted)
-    engine = Engine(pipeline.load(Settings(model_id=str(repository))), max_batch_images=4)
+    engine = Engine(loading.load(Settings(model_id=str(v1_4_repository))), max_batch_images=4)
     engine.warm_up()
     assert "image" in run(engine, job()) and "image" in run(engine, job())
     assert len(loads) == 1

@@ -11,11 +11,11 @@ import pytest
 from runpod.serverless.modules import rp_http, rp_job, rp_ping
 from runpod.serverless.modules.worker_state import JobsProgress
 
-from src import platform as platform_module
-from src.platform import Handler, Outage, QuietLog, WorkerLoop
-from tests.client import Client, results, until
-from tests.platform_stub import ENDPOINT, Fault, Platform, serving
-from tests.platform_stub.job import Job
+from src.serving import worker_loop as platform_module
+from src.serving.worker_loop import Handler, Outage, QuietLog, WorkerLoop
+from tests.support.client import Client, results, until
+from tests.support.platform_stub import ENDPOINT, Fault, Platform, serving
+from tests.support.platform_stub.job import Job
 
 FOREVER = 10**6
 

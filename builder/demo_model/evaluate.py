@@ -165,7 +165,7 @@ def cpu_seconds_per_picture(pipe: StableDiffusionPipeline) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Judge the embedded model.")
-    parser.add_argument("--model", type=Path, default=Path("src/demo_model"), help="the model's directory")
+    parser.add_argument("--model", type=Path, default=Path("src/model/demo"), help="the model's directory")
     parser.add_argument("--pictures", type=int, default=400, help="how many to generate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grid", type=Path, help="where to save a picture of the first 36")

@@ -362,7 +362,7 @@ def train(build: Path, export: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded model; run again to go on after a stop.")
     parser.add_argument("--build", type=Path, default=Path(__file__).parent / "build", help="pictures and checkpoints")
-    parser.add_argument("--export", type=Path, default=Path("src/demo_model"), help="where the finished model goes")
+    parser.add_argument("--export", type=Path, default=Path("src/model/demo"), help="where the finished model goes")
     arguments = parser.parse_args()
     train(arguments.build, arguments.export)
 

@@ -43,18 +43,18 @@ def baseline(model: str, done: Callable[[str], None]) -> None:
 def worker(model: str, done: Callable[[str], None]) -> None:
     """What ``handler.build_worker`` does, import by import."""
     import handler
-    from src import imports, startup
     from src.settings import Settings
+    from src.startup import import_libraries, prefetch
 
     os.environ.update(handler.ENVIRONMENT)
     settings = Settings(model_id=model)
-    startup.START_FILES = START_FILES
-    startup.begin(settings)
+    prefetch.START_FILES = START_FILES
+    prefetch.begin(settings)
     done("settings, model found")
     import torch
 
-    imports.defer()
-    startup.load_kernels()
+    import_libraries.defer()
+    prefetch.load_kernels()
     done("import torch")
     import diffusers
     import transformers
@@ -66,12 +66,12 @@ def worker(model: str, done: Callable[[str], None]) -> None:
     import runpod  # noqa: F401
 
     done("import runpod")
-    from src import pipeline
-    from src.engine import Engine
+    from src.generation.engine import Engine
+    from src.model import loading
     from src.worker import Worker  # noqa: F401
 
     done("the worker's own imports")
-    loaded = pipeline.load(settings, torch.float16)
+    loaded = loading.load(settings, torch.float16)
     touch(loaded.pipe)
     done("weights")
     if torch.cuda.is_available():
@@ -127,7 +127,7 @@ def make_once(folder: Path) -> None:
 
 def make(folder: Path) -> None:
     from builder.fetch_model import fetch
-    from tests.v1_4 import FULL, make_repository
+    from tests.support.v1_4 import FULL, make_repository
 
     folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:

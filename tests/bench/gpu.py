@@ -22,12 +22,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode
 
-from src import pipeline
-from src.engine import Engine
-from src.request import ImageRequest
+from src.api.request import ImageRequest
+from src.generation.engine import Engine
+from src.model import loading
 from src.settings import Settings
 from tests.bench import cold_start
-from tests.v1_4 import make_repository
+from tests.support.v1_4 import make_repository
 
 PROMPT = "A double-black diamond mountain to ski on near Seattle."
 CALLS = (1, 4)
@@ -126,7 +126,7 @@ def worker(models: Path, steps: int, runs: int, **settings: Any) -> tuple[list[M
     """What its calls take, and the median of what the device waits between two of them that are queued."""
     empty_device()
     given = Settings(model_id=str(models / "baked"), max_batch_images=max(CALLS), **settings)
-    engine = Engine(pipeline.load(given), given.max_batch_images)
+    engine = Engine(loading.load(given), given.max_batch_images)
 
     def request(**job_input: Any) -> ImageRequest:
         return ImageRequest.parse({"prompt": PROMPT, "num_inference_steps": steps} | job_input, engine.limits)
@@ -178,12 +178,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if not CUDA and not arguments.small:
         parser.error("there is no CUDA device: on a CPU only --small makes sense")
-    pipeline.log.set_level("WARN")
-    pipeline.quieten_libraries()
+    loading.log.set_level("WARN")
+    loading.quieten_libraries()
     if CUDA and arguments.memory:
         share = arguments.memory * 2**30 / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
-    pipeline.StableDiffusionPipeline = TimedPipeline  # type: ignore[misc]
+    loading.StableDiffusionPipeline = TimedPipeline  # type: ignore[misc]
 
     with tempfile.TemporaryDirectory() as small:
         models = arguments.models

@@ -23,8 +23,8 @@ from random import Random
 import numpy as np
 
 from builder.demo_model.evaluate import shape_colors
-from tests.client import Client, picture, results, until
-from tests.platform_stub import FINAL, Chaos, Fault, Platform, serving
+from tests.support.client import Client, picture, results, until
+from tests.support.platform_stub import FINAL, Chaos, Fault, Platform, serving
 
 COLORS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "black"]
 STEPS = 12

@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from src import pipeline
-from src.attention import enable_attention_slicing
-from tests.v1_4 import FULL
+from src.generation.attention import enable_attention_slicing
+from src.model import loading
+from tests.support.v1_4 import FULL
 
 SIZES = ((1, 512), (4, 512), (1, 1024), (4, 1024))
 """Images in a batch, and their width and height in pixels."""
@@ -84,7 +84,7 @@ def step(enable: Callable[[StableDiffusionPipeline], None], images: int, size: i
 
 
 def main() -> None:
-    pipeline.quieten_libraries()
+    loading.quieten_libraries()
     print("| images x size | " + " | ".join(WAYS) + " |")
     print("|---" * (len(WAYS) + 1) + "|")
     for images, size in SIZES:

@@ -14,14 +14,16 @@ import runpod
 from PIL import Image
 
 from handler import ENVIRONMENT
-from src.engine import Engine, Progress
-from src.output import Picture, job_output
-from src.platform import start
-from src.request import ImageRequest, JobError, ModelLimits
+from src.api.output import job_output
+from src.api.picture import Picture
+from src.api.request import ImageRequest, ModelLimits
+from src.errors import JobError
+from src.generation.engine import Engine, Progress
+from src.serving.worker_loop import start
 from src.settings import Settings
 from src.worker import Worker
-from tests.client import Client, until
-from tests.platform_stub import FINAL, serving
+from tests.support.client import Client, until
+from tests.support.platform_stub import FINAL, serving
 
 RUNS = [
     # jobs, seconds each, MAX_CONCURRENCY, target

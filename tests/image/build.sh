@@ -34,9 +34,9 @@ mkdir "$work/context"
 git archive HEAD | tar -x -C "$work/context"
 printf %s "$token" >"$work/token"
 "$python" -m pip download --quiet --no-deps --dest "$work" "$(grep ^torch== requirements.txt)"
-"$python" -m tests.torch_index "$work"/torch-*.whl "$work/index"
+"$python" -m tests.image.torch_index "$work"/torch-*.whl "$work/index"
 "$python" -u -m http.server --bind 127.0.0.1 --directory "$work/index" 0 >"$work/index-address" 2>"$work/index-log" &
-"$python" -m tests.hub someone/tiny --token "$token" >"$work/hub-address" &
+"$python" -m tests.support.hub someone/tiny --token "$token" >"$work/hub-address" &
 for _ in $(seq 60); do [ -s "$work/hub-address" ] && [ -s "$work/index-address" ] || sleep 1; done
 [ -s "$work/hub-address" ] && [ -s "$work/index-address" ] || fail "the stand-ins did not start: $(cat "$work/index-log")"
 index=$(sed -E 's/.*\((.*)\/\).*/\1/' "$work/index-address")
@@ -98,7 +98,7 @@ build --tag worker-test-bare --build-arg MODEL_ID= "$@"
 buildah rm "$container" >/dev/null
 snapshot=$work/cache/models--someone--tiny/snapshots/0123456789abcdef0123456789abcdef01234567
 mkdir -p "$snapshot"
-"$python" -c 'import pathlib, sys; from tests.v1_4 import make_repository; make_repository(pathlib.Path(sys.argv[1]))' \
+"$python" -c 'import pathlib, sys; from tests.support.v1_4 import make_repository; make_repository(pathlib.Path(sys.argv[1]))' \
     "$snapshot"
 # the library lets only their owner read the weights
 chmod -R a+rX "$work/cache"

@@ -6,8 +6,8 @@ CONTAINER is a working container of buildah's.
 import os
 import sys
 
-from tests.client import Client, picture
-from tests.platform_stub import serving
+from tests.support.client import Client, picture
+from tests.support.platform_stub import serving
 
 
 def be_a_worker(container: str) -> None:

@@ -1,0 +1,99 @@
+"""S3-compatible storage for pictures, in place of base64 in the result."""
+
+import re
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from src.errors import JobError
+from src.settings import Settings
+
+LINK_SECONDS = 7 * 24 * 3600
+"""How long a link works, in seconds: a week, the most that signature version 4 allows."""
+DEFAULT_REGION = "us-east-1"
+"""What a storage without regions is signed for, as boto3 does."""
+
+
+class Bucket:
+    """A bucket that pictures go to.
+
+    The SDK's own upload functions are not used: without credentials they write to the local disk and return its path as
+    if it were a link, and they send pictures without their content type. Nor is its client: of the storages' addresses
+    it finds the region in few, and it sends checksums in a form that few storages beside AWS know.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        # here, since most endpoints have no bucket; for those that have, a start has begun it in the background
+        import boto3
+        from botocore.config import Config
+
+        key, secret = settings.bucket_access_key_id, settings.bucket_secret_access_key
+        assert settings.bucket_endpoint_url and settings.bucket_name and key and secret
+        self._name = settings.bucket_name
+        endpoint, addressing = address(settings.bucket_endpoint_url, self._name)
+        self._client = boto3.client(
+            "s3",
+            endpoint_url=endpoint,
+            aws_access_key_id=key.get_secret_value(),
+            aws_secret_access_key=secret.get_secret_value(),
+            region_name=settings.bucket_region or region(endpoint),
+            config=Config(
+                signature_version="s3v4",
+                s3={"addressing_style": addressing},
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+                connect_timeout=10,
+                read_timeout=30,
+                # botocore's exponential backoff with jitter, at most 20 s a pause
+                retries={"mode": "standard", "total_max_attempts": 5},
+            ),
+        )
+
+    def uploads_under(self, folder: str) -> Callable[[bytes, str, str], str]:
+        """``upload`` into a folder: from a file, its name and its media type to a link."""
+        return lambda file, name, media_type: self.upload(file, f"{folder}/{name}", media_type)
+
+    def upload(self, file: bytes, key: str, media_type: str) -> str:
+        """Stores a picture's file under ``key`` and returns a link to it that works for a week.
+
+        Raises:
+            JobError: if the bucket cannot be reached or refuses.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            self._client.put_object(Bucket=self._name, Key=key, Body=file, ContentType=media_type)
+        except ClientError as error:
+            code = error.response.get("Error", {}).get("Code", "unknown")
+            raise JobError(f"the endpoint's bucket refused the picture: {code}") from error
+        except BotoCoreError as error:
+            raise JobError("the endpoint's bucket could not be reached") from error
+        link: str = self._client.generate_presigned_url(
+            "get_object", Params={"Bucket": self._name, "Key": key}, ExpiresIn=LINK_SECONDS
+        )
+        return link
+
+
+def address(url: str, name: str) -> tuple[str, str]:
+    """Takes the bucket's name off ``url``, whose host or path may hold it.
+
+    A host keeps it unless three labels are left: it is the storage's own.
+
+    Returns:
+        The endpoint, and boto3's ``addressing_style``: ``virtual`` if the host held the name, otherwise ``path``.
+    """
+    parts = urlsplit(url.rstrip("/"))
+    if parts.path.endswith(f"/{name}"):
+        return parts._replace(path=parts.path.removesuffix(f"/{name}")).geturl(), "path"
+    host = parts.netloc.removeprefix(f"{name}.")
+    if host != parts.netloc and host.count(".") >= 2:
+        return parts._replace(netloc=host).geturl(), "virtual"
+    return parts.geturl(), "path"
+
+
+def region(endpoint: str) -> str:
+    """The region in a storage's address, as in ``s3.us-west-2.amazonaws.com``, ``s3.us-west-004.backblazeb2.com``,
+    ``s3.fr-par.scw.cloud`` or ``fra1.digitaloceanspaces.com``.
+    """
+    host = urlsplit(endpoint).hostname or ""
+    found = re.match(r"s3[.-](?:dualstack\.)?([a-z]+(?:-[a-z0-9]+)+)\.|([a-z0-9]+)\.digitaloceanspaces\.com$", host)
+    return (found and (found[1] or found[2])) or DEFAULT_REGION

@@ -1,0 +1,108 @@
+"""The job's output: its shape, and the check of its size."""
+
+import base64
+import json
+from collections.abc import Callable
+from typing import Annotated, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from src.api.picture import Picture, encode, parameters
+from src.api.request import ImageRequest, OutputFormat
+from src.errors import JobError
+
+
+class OutputImage(TypedDict):
+    """One image of a job's output: the picture itself, or a link to it where a bucket is set up."""
+
+    image: Annotated[NotRequired[str], Field(description="The picture's file in base64, without a data: prefix")]
+    image_url: Annotated[NotRequired[str], Field(description="A link to the picture's file that works for a week")]
+    seed: Annotated[int, Field(description="The seed that generates this picture again")]
+    nsfw_content_detected: Annotated[
+        bool | None, Field(description="Whether the safety checker blanked the picture; null without a checker")
+    ]
+
+
+class OutputParameters(TypedDict):
+    """What all images of a job's output share."""
+
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    model: Annotated[str, Field(description="The model's name")]
+    output_format: Annotated[
+        NotRequired[OutputFormat], Field(description="The picture's file format; left out for png")
+    ]
+    warnings: Annotated[NotRequired[list[str]], Field(description="What the client should know")]
+
+
+class OneImage(OutputImage, OutputParameters):
+    """The output of a job that asked for one image."""
+
+
+class SeveralImages(OutputParameters):
+    """The output of a job that asked for several images."""
+
+    images: list[OutputImage]
+
+
+JobOutput = OneImage | SeveralImages
+
+
+def job_output(
+    request: ImageRequest,
+    pictures: list[Picture],
+    warnings: list[str],
+    *,
+    model_name: str,
+    max_result_bytes: int,
+    upload: Callable[[bytes, str, str], str] | None = None,
+) -> JobOutput:
+    """What the client reads of a finished job.
+
+    Args:
+        request: what was asked.
+        pictures: the generated ones, in the order of the seeds.
+        warnings: what the client should know; left out of the output when empty.
+        model_name: what clients know the model by.
+        max_result_bytes: the largest result that the platform takes, in bytes.
+        upload: stores a file under a name, with its media type, and returns a link to it; without it the output holds
+            the pictures.
+
+    Raises:
+        JobError: if the result is larger than the platform takes, or as ``upload`` does.
+    """
+    images = []
+    for i, picture in enumerate(pictures, start=1):
+        text = parameters(request, picture.seed, model_name)
+        file = encode(picture.image, text, request.output_format, request.output_quality)
+        image: OutputImage = {"seed": picture.seed, "nsfw_content_detected": picture.nsfw}
+        if upload:
+            image["image_url"] = upload(file, f"picture-{i}.{request.output_format}", f"image/{request.output_format}")
+        else:
+            image["image"] = base64.b64encode(file).decode()
+        images.append(image)
+    shared: OutputParameters = {
+        "width": request.width,
+        "height": request.height,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "scheduler": request.scheduler,
+        "model": model_name,
+    }
+    if request.output_format != "png":
+        shared["output_format"] = request.output_format
+    if warnings:
+        shared["warnings"] = warnings
+    output: JobOutput = {**images[0], **shared} if len(images) == 1 else {"images": images, **shared}
+    size = len(json.dumps({"output": output}))
+    if size > max_result_bytes:
+        way_out = "jpeg or webp as output_format" if request.output_format == "png" else "a lower output_quality"
+        raise JobError(
+            f"the result has {size / 1e6:.1f} MB, the limit is {max_result_bytes / 1e6:.1f} MB: "
+            f"ask for fewer or smaller images, for {way_out}, or have a bucket set up for the endpoint"
+        )
+    return output

@@ -1,0 +1,106 @@
+"""What a cold start will wait for, begun at once and in the background, while the imports keep one core busy."""
+
+import ctypes
+import gc
+import importlib
+import subprocess
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from src.model import repository
+from src.settings import DEFAULT_MODEL_ID, Settings, on_runpod
+
+START_FILES = Path(__file__).parents[1] / "start_files.txt"
+"""Which files of Python and its packages a start opens, a path a line: in the image, by ``builder/record_start.py``."""
+
+
+def begin(settings: Settings) -> None:
+    """Starts what needs no import of PyTorch: reading the packages and the weights, making the CUDA context.
+
+    Until ``finish`` nothing collects garbage: of the hundreds of thousands of objects that imports make, all stay.
+
+    Raises:
+        StartError: if the model is a directory that cannot be used.
+    """
+    # elsewhere the default model is known only when PyTorch has looked for a device
+    model_id = settings.model_id or (DEFAULT_MODEL_ID if on_runpod() else None)
+    found = repository.find_local(model_id, settings) if model_id else None
+    gc.disable()
+    _in_background(_read_ahead, repository.weight_files(found.path, settings) if found else [])
+    _in_background(_make_cuda_context)
+    if settings.bucket_name:
+        _in_background(importlib.import_module, "boto3")
+
+
+def load_kernels() -> None:
+    """Starts, once PyTorch is imported, loading its libraries' kernels onto a CUDA device."""
+    _in_background(_load_kernels)
+
+
+def finish() -> None:
+    """Turns the garbage collector on again; what is there by now stays, and is never looked through again."""
+    gc.freeze()
+    gc.enable()
+
+
+def _in_background(work: Callable[..., Any], *arguments: Any) -> None:
+    threading.Thread(target=work, args=arguments, daemon=True).start()
+
+
+def _read_ahead(files: Iterable[Path]) -> None:
+    """Reads ``START_FILES``, then ``files``, so that they are in the page cache when they are needed.
+
+    Nothing depends on it, and posix_fadvise, which would do without a buffer, reads only as far as the kernel likes.
+    """
+    if START_FILES.exists():
+        # thousands of small files: several at a time, and by processes that do not wait for the GIL
+        command = ["xargs", "-a", str(START_FILES), "-d", r"\n", "-n", "64", "-P", "4", "cat"]
+        with suppress(OSError):
+            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # large, since after each read this thread waits for the GIL, which the imports hold
+    buffer = bytearray(32 * 2**20)
+    with suppress(OSError):
+        for file in files:
+            with file.open("rb", buffering=0) as opened:
+                while opened.readinto(buffer):
+                    pass
+
+
+def _make_cuda_context() -> None:
+    """Makes the first CUDA device's primary context, which PyTorch then finds made; without a driver, does nothing.
+
+    ctypes calls the driver without the GIL, so that the imports go on meanwhile.
+    """
+    with suppress(OSError):
+        cuda = ctypes.CDLL("libcuda.so.1")
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        # each returns CUDA_SUCCESS, which is 0, or an error that PyTorch will meet again and report
+        if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0:
+            cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+
+
+def _load_kernels() -> None:
+    """Has cuDNN, cuBLAS and fused attention each compute something small on the CUDA device, if there is one.
+
+    Nothing depends on it: what fails here fails again in the warm-up, which reports it.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        with suppress(RuntimeError):
+            _compute_something_small("cuda")
+
+
+def _compute_something_small(device: str) -> None:
+    """A convolution, a matrix product and attention, in float16."""
+    import torch
+
+    with torch.inference_mode():
+        images = torch.zeros(2, 64, 32, 32, dtype=torch.float16, device=device)
+        filters = torch.zeros(64, 64, 3, 3, dtype=torch.float16, device=device)
+        features = torch.nn.functional.conv2d(images, filters, padding=1).flatten(2).mT
+        heads = (features @ features.new_zeros(64, 64)).unflatten(2, (1, 64)).transpose(1, 2)
+        torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)

@@ -1,0 +1,46 @@
+"""``handler.py`` with a pipeline that fails when a prompt asks for it."""
+
+import os
+import socket
+import threading
+from typing import Any
+
+import torch
+
+import handler
+from src.startup import import_libraries
+
+import_libraries.defer()
+
+from diffusers import StableDiffusionPipeline
+
+from src.model import loading
+
+SECRETS = f"at {__file__} on {socket.gethostname()} with token {os.environ.get('RUNPOD_AI_API_KEY')}"
+"""What no client may ever read."""
+
+
+def hang(*_: object, **__: object) -> None:
+    threading.Event().wait()
+
+
+class FaultyPipeline(StableDiffusionPipeline):
+    def __call__(self, prompt: list[str], **kwargs: Any) -> Any:
+        if "out of memory" in prompt or ("needs a call alone" in prompt and len(prompt) > 1):
+            raise torch.OutOfMemoryError(f"CUDA out of memory {SECRETS}")
+        if "crash" in prompt:
+            raise RuntimeError(f"crashed {SECRETS}")
+        if "hang" in prompt or os.environ.get("ALWAYS_HANG"):
+            self.unet.forward = hang
+        if "poison" in prompt:
+            raise torch.AcceleratorError(f"CUDA error: an illegal memory access was encountered {SECRETS}")
+        generated = super().__call__(prompt=prompt, **kwargs)
+        for i, asked in enumerate(prompt):
+            if asked == "nan" or os.environ.get("ALWAYS_NAN"):
+                generated.images[i] = float("nan")
+        return generated
+
+
+if __name__ == "__main__":
+    loading.StableDiffusionPipeline = FaultyPipeline  # type: ignore[misc]
+    handler.main()

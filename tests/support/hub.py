@@ -1,0 +1,117 @@
+"""A stand-in for the Hugging Face hub on localhost: the part of its HTTP API that downloads a repository's files.
+
+``python -m tests.support.hub someone/tiny`` serves a small v1-4 under that name and prints the address.
+"""
+
+import argparse
+import hashlib
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Thread
+
+from tests.support.v1_4 import make_repository
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@contextmanager
+def serve(
+    repo_id: str, folder: Path, *, token: str | None = None, breaks_off: str | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """Serves ``folder`` as ``repo_id``, whose main branch and only commit is ``REVISION``.
+
+    Args:
+        repo_id: The repository's name.
+        folder: Its files.
+        token: If given, the repository is gated, and only who sends this reads its files.
+        breaks_off: The connection that first brings a file whose path ends so breaks in the middle.
+
+    Yields:
+        The hub's address, for ``HF_ENDPOINT``, and the paths of the files fetched so far; of a file fetched from the
+        middle on, the path and the first byte's place: ``unet/diffusion_pytorch_model.safetensors:1000``.
+    """
+    fetched: list[str] = []
+    broken: list[str] = []
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+    class Hub(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None: ...
+
+        def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def refuse(self, status: int, code: str) -> None:
+            self.answer(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
+
+        def break_off(self, content: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+
+        def do_GET(self) -> None:
+            path = self.path.split("?")[0]
+            if path.startswith(f"/api/models/{repo_id}"):
+                if path.rpartition("/")[2] not in ("main", REVISION):
+                    return self.refuse(404, "RevisionNotFound")
+                if "/tree/" in path:
+                    sizes = {name: (folder / name).stat().st_size for name in files}
+                    listing = [{"type": "file", "path": n, "size": s, "oid": "0" * 40} for n, s in sizes.items()]
+                    return self.answer(200, json.dumps(listing).encode(), {"Content-Type": "application/json"})
+                info = {"id": repo_id, "sha": REVISION, "siblings": [{"rfilename": name} for name in files]}
+                return self.answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+            if path.startswith(f"/{repo_id}/resolve/"):
+                if token and self.headers.get("Authorization") != f"Bearer {token}":
+                    return self.refuse(401, "GatedRepo")
+                name = path.removeprefix(f"/{repo_id}/resolve/").partition("/")[2]
+                content = (folder / name).read_bytes()
+                headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": REVISION}
+                start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+                if self.command == "GET":
+                    fetched.append(f"{name}:{start}" if start else name)
+                    if breaks_off and name.endswith(breaks_off) and not broken:
+                        broken.append(name)
+                        return self.break_off(content)
+                if start:
+                    headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+                return self.answer(206 if start else 200, content[start:], headers)
+            return self.refuse(401, "RepoNotFound")
+
+        do_HEAD = do_GET
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", fetched
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A stand-in for the Hugging Face hub.")
+    parser.add_argument("repo_id")
+    parser.add_argument("--token", help="the only token that may read it")
+    arguments = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        make_repository(Path(folder))
+        with serve(arguments.repo_id, Path(folder), token=arguments.token) as (address, _):
+            print(address, flush=True)
+            signal.sigwait([signal.SIGTERM, signal.SIGINT])
+
+
+if __name__ == "__main__":
+    main()

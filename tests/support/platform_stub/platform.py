@@ -1,0 +1,209 @@
+"""The platform's state: jobs, their queue, and the processes that work on them."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from tests.support.platform_stub import webhook
+from tests.support.platform_stub.faults import Faults
+from tests.support.platform_stub.job import FINAL, Job
+
+HANDLER = Path(__file__).parents[3] / "handler.py"
+ENDPOINT = "local"
+WATCH_INTERVAL = 0.2
+"""Seconds between two checks that the workers' processes are alive."""
+RUN_RETENTION, RUNSYNC_RETENTION = 30 * 60_000, 60_000
+"""Milliseconds for which a result is kept."""
+
+
+@dataclass
+class WorkerProcess:
+    process: subprocess.Popen[bytes]
+    environment: dict[str, str]
+    command: list[str]
+    pings: list[dict[str, str]] = field(default_factory=list)
+    to_be_replaced: bool = False
+
+    def crashed(self) -> bool:
+        """Whether it exited with an error, and had not asked to be replaced."""
+        return self.process.poll() not in (None, 0) and not self.to_be_replaced
+
+
+class Platform:
+    """The platform's state. Everything but ``start_worker`` happens in one event loop, ``loop``.
+
+    Args:
+        key: the API key that clients and workers must send.
+        poll_seconds: how long a worker's long poll for jobs or stop signals waits.
+        speed: how many times shorter than the platform's its time-outs, retention and pauses between webhooks are.
+    """
+
+    def __init__(self, key: str = "local", poll_seconds: float = 5.0, speed: float = 1.0) -> None:
+        self.key = key
+        self.poll_seconds = poll_seconds
+        self.speed = speed
+        self.url = ""
+        self.jobs: dict[str, Job] = {}
+        self.workers: dict[str, WorkerProcess] = {}
+        self.faults = Faults()
+        self.queue: list[Job] = []
+        self.stops: dict[str, list[str]] = {}
+        self.throttled: set[str] = set()
+        """The names of workers that are given no jobs, as where their host has no GPU to spare."""
+        self.background: set[asyncio.Task[None]] = set()
+        self.loop: asyncio.AbstractEventLoop
+        self._changed = asyncio.Event()
+
+    def seconds(self, milliseconds: float) -> float:
+        """A duration of the API in this machine's seconds."""
+        return milliseconds / 1000 / self.speed
+
+    def add(self, job: Job) -> None:
+        """Takes on a new job."""
+        self.jobs[job.id] = job
+        self.loop.call_later(self.seconds(job.request.policy.ttl), self.forget, job.id)
+        self.enqueue(job)
+
+    def enqueue(self, job: Job) -> None:
+        self.queue.append(job)
+        self.notify()
+
+    def begin(self, job: Job, worker: str) -> None:
+        job.status, job.worker, job.started = "IN_PROGRESS", worker, time.monotonic()
+        timeout = self.seconds(job.request.policy.executionTimeout)
+        self.loop.call_later(timeout, self._time_out, job, job.started)
+
+    def end(self, job: Job, status: str, result: dict[str, Any] | None = None) -> None:
+        """Gives ``job`` its final state, and its worker a stop signal if it still works on it."""
+        if job.status in FINAL:
+            return
+        if status in ("CANCELLED", "TIMED_OUT"):
+            self._stop(job)
+        self._dequeue(job)
+        result = result or {}
+        job.status, job.output, job.error = status, result.get("output"), result.get("error")
+        job.finished = time.monotonic()
+        retention = self.seconds(RUNSYNC_RETENTION if job.sync else RUN_RETENTION)
+        self.loop.call_later(retention, self._forget_result, job, job.finished)
+        if job.request.webhook and status in ("COMPLETED", "FAILED"):
+            delivery = webhook.deliver(job.request.webhook, job.notification(), self.seconds(webhook.PAUSE))
+            task = self.loop.create_task(delivery)
+            self.background.add(task)
+            task.add_done_callback(self.background.discard)
+        self.notify()
+
+    def forget(self, job_id: str) -> None:
+        """Removes a job in whatever state it is: from then on it is unknown."""
+        if job := self.jobs.pop(job_id, None):
+            self._stop(job)
+            self._dequeue(job)
+
+    def _dequeue(self, job: Job) -> None:
+        self.queue = [waiting for waiting in self.queue if waiting is not job]
+
+    def _stop(self, job: Job) -> None:
+        """Asks the worker that has ``job``, if one has, to stop it."""
+        if job.status == "IN_PROGRESS":
+            self.stops.setdefault(str(job.worker), []).append(job.id)
+            self.notify()
+
+    def _time_out(self, job: Job, started: float) -> None:
+        if job.started == started:
+            self.end(job, "TIMED_OUT", {"error": "job timed out"})
+
+    def _forget_result(self, job: Job, finished: float) -> None:
+        # not if it was sent again meanwhile
+        if job.finished == finished:
+            self.forget(job.id)
+
+    def notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def until(self, condition: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition() and (left := deadline - time.monotonic()) > 0:
+            try:
+                await asyncio.wait_for(self._changed.wait(), left)
+            except TimeoutError:
+                return
+
+    def start_worker(self, command: list[str] | None = None, log: IO[bytes] | None = None, **settings: str) -> str:
+        """Starts ``handler.py``, or another ``command``, as a worker of this platform, and gives its id."""
+        name = f"worker-{len(self.workers) + 1}"
+        base = f"{self.url}/v2/{ENDPOINT}"
+        environment = {
+            "MODEL_ID": "demo",
+            "RUNPOD_POD_ID": name,
+            "RUNPOD_ENDPOINT_ID": ENDPOINT,
+            "RUNPOD_AI_API_KEY": self.key,
+            "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=none",
+            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID?gpu=none",
+            "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$RUNPOD_POD_ID/$ID?gpu=none",
+            "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID",
+            "RUNPOD_PING_INTERVAL": "2000",
+        } | settings
+        command = command or [sys.executable, str(HANDLER)]
+        process = subprocess.Popen(
+            command, env=os.environ | environment, cwd=HANDLER.parent, stdout=log, stderr=log, start_new_session=True
+        )
+        self.workers[name] = WorkerProcess(process, settings, command)
+        return name
+
+    def busy(self) -> bool:
+        """Whether any job has not reached its final state."""
+        return any(job.status not in FINAL for job in self.jobs.values())
+
+    def worker_states(self) -> dict[str, int]:
+        """How many workers there are in each state, as ``/health`` counts them."""
+        alive = {name for name, worker in self.workers.items() if worker.process.poll() is None}
+        pinged = {name for name, worker in self.workers.items() if worker.pings}
+        crashed = {name for name in set(self.workers) - alive if self.workers[name].crashed()}
+        ready = alive & pinged - self.throttled
+        busy = {job.worker for job in self.jobs.values() if job.status == "IN_PROGRESS"}
+        states = {
+            "idle": ready - busy,
+            "initializing": alive - pinged - self.throttled,
+            "ready": ready,
+            "running": ready & busy,
+            "throttled": alive & self.throttled,
+            "unhealthy": crashed,
+        }
+        return {state: len(names) for state, names in states.items()}
+
+    async def watch_workers(self) -> None:
+        """Ends the jobs of workers that died, and replaces workers that asked for it."""
+        seen_dead = set()
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL)
+            for name, worker in list(self.workers.items()):
+                if name in seen_dead or worker.process.poll() is None:
+                    continue
+                seen_dead.add(name)
+                for job in self.jobs.values():
+                    if job.worker == name and job.status == "IN_PROGRESS":
+                        self.end(job, "TIMED_OUT", {"error": "the worker was lost"})
+                if worker.to_be_replaced:
+                    self.start_worker(worker.command, **worker.environment)
+
+    def kill_worker(self, name: str) -> None:
+        """Ends a worker at once, as its host's failure would: its heartbeat, a process of its own, dies with it."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.workers[name].process.pid, signal.SIGKILL)
+
+    def stop_workers(self) -> None:
+        """Ends all workers, and gives them half a minute to deliver what they hold."""
+        for worker in self.workers.values():
+            worker.process.terminate()
+        for name, worker in self.workers.items():
+            with suppress(subprocess.TimeoutExpired):
+                worker.process.wait(30)
+            self.kill_worker(name)

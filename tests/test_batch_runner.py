@@ -1,0 +1,359 @@
+"""Batches through the real pipeline, of one request and of several that waited together."""
+
+import asyncio
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageChops
+
+from builder.demo_model.evaluate import shape_colors
+from src.api.request import MAX_STEPS, ImageRequest
+from src.errors import JobError
+from src.generation.batch_runner import BatchRunner
+from src.generation.engine import Engine, GenerationResult
+from src.model import loading
+from src.model.loading import Model
+from src.schedulers import SCHEDULERS
+from src.settings import Settings
+from tests.test_engine import generate_together
+
+
+def job_request(engine: Engine, **job_input: object) -> ImageRequest:
+    return ImageRequest.parse({"prompt": "a cat", "num_inference_steps": 2, "seed": 3} | job_input, engine.limits)
+
+
+def generate(engine: Engine, **job_input: object) -> GenerationResult:
+    return asyncio.run(engine.generate(job_request(engine, **job_input)))
+
+
+def furthest(a: Image.Image, b: Image.Image) -> int:
+    """The largest difference between two pictures, in levels of 255."""
+    return max(high for _, high in ImageChops.difference(a, b).getextrema())
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+    """The prompts of each call of the pipeline."""
+    seen: list[list[str]] = []
+    real = StableDiffusionPipeline.__call__
+
+    def counted(pipe: StableDiffusionPipeline, prompt: list[str], **kwargs: Any) -> Any:
+        seen.append(prompt)
+        return real(pipe, prompt=prompt, **kwargs)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", counted)
+    yield seen
+
+
+def test_the_same_request_gives_the_same_bytes_and_another_seed_another_picture(v1_4_engine: Engine):
+    first, again, other = (generate(v1_4_engine, seed=seed).pictures[0] for seed in (3, 3, 4))
+    assert first.image.tobytes() == again.image.tobytes()
+    assert furthest(first.image, other.image) > 2
+    assert (first.image.size, first.image.mode) == ((64, 64), "RGB")
+
+
+@pytest.mark.parametrize("model", ["v1_4_model", "demo_model"])
+def test_a_picture_alone_has_the_bytes_that_diffusers_gives(model: str, request: pytest.FixtureRequest):
+    loaded: Model = request.getfixturevalue(model)
+    scheduler = loaded.pipe.scheduler
+    ours = generate(Engine(loaded, 4), prompt="the sea", num_inference_steps=4).pictures[0].image
+    try:
+        generator = torch.Generator().manual_seed(3)
+        theirs = loaded.pipe("the sea", negative_prompt="", num_inference_steps=4, generator=generator).images[0]
+    finally:
+        loaded.pipe.scheduler = type(scheduler).from_config(scheduler.config)
+    assert ours.tobytes() == theirs.tobytes()
+
+
+def test_image_i_is_what_seed_plus_i_gives_alone(demo_engine: Engine):
+    together = generate(demo_engine, prompt="a forest", seed=10, num_images=3, num_inference_steps=8).pictures
+    assert [picture.seed for picture in together] == [10, 11, 12]
+    for picture in together:
+        alone = generate(demo_engine, prompt="a forest", seed=picture.seed, num_inference_steps=8).pictures[0]
+        assert furthest(picture.image, alone.image) <= 2
+
+
+def test_eight_prompts_in_one_batch_each_get_their_own_picture(demo_model: Model, batches: list[list[str]]):
+    engine = Engine(demo_model, max_batch_images=8)
+    asked = [
+        ("red", "white"),
+        ("blue", "yellow"),
+        ("green", "pink"),
+        ("yellow", "purple"),
+        ("purple", "white"),
+        ("white", "blue"),
+        ("orange", "blue"),
+        ("black", "yellow"),
+    ]
+    long = " ".join(["nothing"] * 100)
+    negative_prompts = ["", "the sea", "", long, "", "a desert", "", "a forest"]
+    requests = [
+        job_request(
+            engine,
+            prompt=f"a {color} square on a {background} background",
+            negative_prompt=negative_prompts[i],
+            seed=100 + 7 * i,
+            num_inference_steps=10,
+        )
+        for i, (color, background) in enumerate(asked)
+    ]
+    results = generate_together(engine, *requests)
+    assert [len(batch) for batch in batches] == [8]
+    for one, (color, background), result in zip(requests, asked, results, strict=True):
+        (picture,) = result.pictures
+        assert picture.seed == one.seed
+        assert shape_colors(np.asarray(picture.image)) == (color, background)
+        assert any("longer than" in warning for warning in result.warnings) == (one.negative_prompt == long)
+        alone = asyncio.run(engine.generate(one))
+        assert furthest(picture.image, alone.pictures[0].image) <= 2
+        assert alone.warnings == result.warnings
+
+
+SMALL = {"width": 64, "height": 64, "guidance_scale": 0}
+"""What takes least time: without guidance, a step takes half as long."""
+
+
+@pytest.mark.parametrize("model", ["v1_4_model", "demo_model"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_every_scheduler_works_at_few_steps(model: str, scheduler: str, steps: int, request: pytest.FixtureRequest):
+    engine = Engine(request.getfixturevalue(model), max_batch_images=4)
+    options = SMALL | {"scheduler": scheduler, "num_inference_steps": steps}
+    alone = generate(engine, **options).pictures[0].image
+    first, second = (picture.image for picture in generate(engine, num_images=2, **options).pictures)
+    assert furthest(alone, first) <= 2 < furthest(first, second)
+    assert np.asarray(alone).std() > 1
+
+
+@pytest.mark.parametrize("model", ["v1_4_model", "demo_model"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_works_at_most_steps(model: str, scheduler: str, request: pytest.FixtureRequest):
+    engine = Engine(request.getfixturevalue(model), max_batch_images=4)
+    options = SMALL | {"scheduler": scheduler, "num_inference_steps": MAX_STEPS}
+    # in one batch, since the steps take long
+    jobs = (job_request(engine, num_images=images, **options) for images in (1, 2))
+    (one,), (first, second) = (
+        [picture.image for picture in result.pictures] for result in generate_together(engine, *jobs)
+    )
+    assert furthest(one, first) <= 2 < furthest(first, second)
+    assert np.asarray(one).std() > 1
+
+
+LINSPACE = {"timestep_spacing": "linspace"}
+LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
+
+
+@pytest.mark.parametrize("model", ["v1_4_model", "demo_model"])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("PNDM", LEADING | {"skip_prk_steps": True, "set_alpha_to_one": False}),
+        ("DDIM", LEADING | {"set_alpha_to_one": False, "clip_sample": False}),
+        ("KLMS", LINSPACE),
+        ("K_EULER", LINSPACE | {"final_sigmas_type": "zero"}),
+        ("K_EULER_ANCESTRAL", LINSPACE),
+        ("DPMSolverMultistep", LINSPACE | {"final_sigmas_type": "zero", "lower_order_final": True}),
+        ("DPMSolverSinglestep", {"final_sigmas_type": "zero", "lower_order_final": True}),
+        ("UniPCMultistep", LINSPACE | {"final_sigmas_type": "zero", "lower_order_final": True}),
+    ],
+)
+def test_a_scheduler_is_what_diffusers_recommends_for_stable_diffusion(
+    model: str, name: str, expected: dict[str, Any], request: pytest.FixtureRequest
+):
+    loaded: Model = request.getfixturevalue(model)
+    scheduler = BatchRunner(loaded)._new_scheduler(name)
+    assert type(scheduler).__name__ == SCHEDULERS[name].class_name
+    trained = {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "v_prediction" if model == "demo_model" else "epsilon",
+    }
+    assert {key: scheduler.config[key] for key in trained | expected} == trained | expected
+
+
+def test_a_spacing_that_a_model_chose_is_kept(v1_4_model: Model):
+    v1_4_model.pipe.scheduler = diffusers.DDIMScheduler.from_config(
+        v1_4_model.pipe.scheduler.config, timestep_spacing="trailing"
+    )
+    for name in set(SCHEDULERS) - {"DPMSolverSinglestep"}:
+        assert BatchRunner(v1_4_model)._new_scheduler(name).config.timestep_spacing == "trailing"
+
+
+def test_a_scheduler_leaves_nothing_behind(v1_4_engine: Engine):
+    before = generate(v1_4_engine, num_inference_steps=5)
+    for scheduler in SCHEDULERS:
+        generate(v1_4_engine, scheduler=scheduler, num_inference_steps=3)
+    assert generate(v1_4_engine, num_inference_steps=5).pictures == before.pictures
+
+
+def test_size_and_guidance_reach_the_pipeline(v1_4_engine: Engine):
+    assert generate(v1_4_engine, width=72, height=128).pictures[0].image.size == (72, 128)
+    assert generate(v1_4_engine, guidance_scale=0).pictures != generate(v1_4_engine, guidance_scale=30).pictures
+
+
+def test_what_lies_beyond_77_tokens_is_quoted(demo_model: Model, demo_engine: Engine):
+    tokenizer = demo_model.pipe.tokenizer
+    fitting = " ".join(["sea"] * 80)
+    while len(tokenizer(fitting).input_ids) > 77:
+        fitting = fitting[:-4]
+    # a letter more for each token that is left, until not one more fits
+    fitting += " 7" * (77 - len(tokenizer(fitting).input_ids))
+    assert len(tokenizer(fitting).input_ids) == 77
+    assert generate(demo_engine, prompt=fitting).warnings == []
+    rest = "Seven 🎿 more\n wörds, 山."
+    (warning,) = generate(demo_engine, prompt=f"{fitting} {rest}").warnings
+    assert warning == f'prompt: longer than 77 tokens, this part was not used: "{rest}"'
+    both = generate(demo_engine, prompt=f"{fitting} {rest}", negative_prompt=f"{fitting} blur").warnings
+    assert both[1] == 'negative_prompt: longer than 77 tokens, this part was not used: "blur"'
+
+
+def test_a_blanked_picture_is_black_and_said_to_be(v1_4_repository):
+    model = loading.load(Settings(model_id=str(v1_4_repository)))
+    engine = Engine(model, max_batch_images=4)
+    # cosines start at -1: every picture is over this threshold
+    model.pipe.safety_checker.concept_embeds_weights.data.fill_(-2.0)
+    result = generate(engine, num_images=2)
+    assert [picture.nsfw for picture in result.pictures] == [True, True]
+    assert {picture.image.getextrema() for picture in result.pictures} == {((0, 0),) * 3}
+    assert result.warnings == [
+        "image 1 of 2 (seed 3) was blanked by the safety checker",
+        "image 2 of 2 (seed 4) was blanked by the safety checker",
+    ]
+    model.pipe.safety_checker.concept_embeds_weights.data.fill_(2.0)
+    assert generate(engine).pictures[0].nsfw is False
+
+
+def test_a_model_without_a_checker_says_nothing_of_nsfw(demo_engine: Engine):
+    assert generate(demo_engine).pictures[0].nsfw is None
+
+
+def test_nan_is_an_error_of_its_own_image(v1_4_model: Model, v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    decode = v1_4_model.pipe.vae.decode
+
+    def second_is_nan(*args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+        pictures = decode(*args, **kwargs)[0].clone()
+        pictures[min(1, len(pictures) - 1), :, 0, 0] = float("nan")
+        return (pictures,)
+
+    monkeypatch.setattr(v1_4_model.pipe.vae, "decode", second_is_nan)
+    first, bad, last = generate_together(v1_4_engine, *(job_request(v1_4_engine, prompt=name) for name in "abc"))
+    assert isinstance(first, GenerationResult) and isinstance(last, GenerationResult)
+    assert isinstance(bad, JobError) and str(bad).startswith("the model produced NaN instead of a picture")
+    with pytest.raises(JobError, match="the model produced NaN"):
+        v1_4_engine.warm_up()
+
+
+@pytest.fixture
+def steps(v1_4_model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry, the number of images, for each denoising step that the device takes."""
+    taken: list[int] = []
+    forward = v1_4_model.pipe.unet.forward
+
+    def counted(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert torch.is_inference_mode_enabled()
+        taken.append(len(latents) // 2)
+        return forward(latents, *args, **kwargs)
+
+    monkeypatch.setattr(v1_4_model.pipe.unet, "forward", counted)
+    return taken
+
+
+async def cancel_after(steps: list[int], count: int, job: asyncio.Task) -> None:
+    while len(steps) < count:
+        assert not job.done(), job.exception()
+        await asyncio.sleep(0.001)
+    job.cancel()
+
+
+def test_a_running_request_that_is_cancelled_frees_the_device_within_two_steps(v1_4_engine: Engine, steps: list[int]):
+    async def cancel() -> int:
+        job = asyncio.create_task(v1_4_engine.generate(job_request(v1_4_engine, num_inference_steps=150)))
+        await cancel_after(steps, 5, job)
+        await asyncio.gather(job, return_exceptions=True)
+        at = len(steps)
+        await asyncio.wrap_future(v1_4_engine._thread.submit(lambda: None))
+        return at
+
+    at = asyncio.run(cancel())
+    assert len(steps) <= at + 2
+
+
+def test_a_cancelled_request_leaves_its_neighbours_alone(v1_4_engine: Engine, steps: list[int]):
+    alone = generate(v1_4_engine, prompt="b", num_inference_steps=40).pictures[0]
+    steps.clear()
+
+    async def cancel_one() -> GenerationResult:
+        one = job_request(v1_4_engine, prompt="a", num_images=4)
+        busy = asyncio.create_task(v1_4_engine.generate(one))
+        gone, stays = (
+            asyncio.create_task(v1_4_engine.generate(job_request(v1_4_engine, prompt=name, num_inference_steps=40)))
+            for name in "ab"
+        )
+        await busy
+        await cancel_after(steps, 8, gone)
+        return await stays
+
+    assert furthest(asyncio.run(cancel_one()).pictures[0].image, alone.image) <= 2
+    # PNDM takes one step more than it is asked for
+    assert steps == [4] * 3 + [2] * 41
+
+
+@pytest.mark.parametrize("at", ["unet", "decode"])
+def test_a_failed_calls_tensors_are_free_before_the_next_try(
+    at: str, v1_4_model: Model, v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    tensors: list[weakref.ref] = []
+    pipe, tries = v1_4_model.pipe, 0
+
+    def watch(function: Callable[..., Any], fails: bool) -> Callable[..., Any]:
+        def watched(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            nonlocal tries
+            result = function(sample, *args, **kwargs)
+            given = [sample, *args, *kwargs.values()]
+            tensors.extend(weakref.ref(each) for each in (*given, result[0]) if isinstance(each, torch.Tensor))
+            if fails and (tries := tries + 1) == 2:
+                raise RuntimeError("CUDA out of memory")
+            return result
+
+        return watched
+
+    def encode(real: Callable[..., Any]) -> Callable[..., Any]:
+        def encoded(*args: Any, **kwargs: Any) -> Any:
+            alive.append(sum(tensor() is not None for tensor in tensors))
+            tensors.clear()
+            return real(*args, **kwargs)
+
+        return encoded
+
+    alive: list[int] = []
+    monkeypatch.setattr(pipe.unet, "forward", watch(pipe.unet.forward, at == "unet"))
+    monkeypatch.setattr(pipe.vae, "decode", watch(pipe.vae.decode, at == "decode"))
+    monkeypatch.setattr(pipe, "encode_prompt", encode(pipe.encode_prompt))
+    if at == "decode":
+        tries = 1
+    gc.disable()
+    try:
+        assert len(generate(v1_4_engine, num_images=2, num_inference_steps=5, scheduler="KLMS").pictures) == 2
+    finally:
+        gc.enable()
+    # the first call, and its halves
+    assert alive == [0, 0, 0]
+    assert tries > 2
+
+
+def test_an_engine_that_is_gone_leaves_other_threads_modes_alone(v1_4_model: Model):
+    engine = Engine(v1_4_model, 4)
+    generate(engine)
+    with torch.no_grad():
+        del engine
+        gc.collect()
+        assert not torch.is_grad_enabled()

@@ -1,0 +1,85 @@
+import ctypes
+import re
+from pathlib import Path
+
+import pytest
+
+from src.model import cuda_driver
+from src.model.cuda_driver import Driver
+
+MODULES = {
+    "550.54.14": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024\n",
+    "580.65.06": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n",
+    "590.48": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  590.48  Mon Dec  8 11:12:13 UTC 2025\n",
+}
+
+
+class Libcuda:
+    def __init__(self, number: int, error: int = 0):
+        self.number, self.error = number, error
+
+    def cuDriverGetVersion(self, number) -> int:
+        number._obj.value = self.number
+        return self.error
+
+
+@pytest.mark.parametrize(
+    ("version", "libcuda", "found"),
+    [
+        ("550.54.14", Libcuda(12040), Driver("550.54.14", "12.4")),
+        ("580.65.06", Libcuda(13000), Driver("580.65.06", "13.0")),
+        ("590.48", Libcuda(13010), Driver("590.48", "13.1")),
+        ("550.54.14", Libcuda(0, error=34), Driver("550.54.14", None)),
+        (None, Libcuda(12080), Driver(None, "12.8")),
+        ("550.54.14", None, Driver("550.54.14", None)),
+        (None, None, Driver(None, None)),
+    ],
+)
+def test_the_driver_is_found_without_a_device(
+    monkeypatch, tmp_path: Path, version: str | None, libcuda: Libcuda | None, found: Driver
+):
+    def load(name: str) -> Libcuda:
+        if libcuda is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return libcuda
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(cuda_driver, "KERNEL_MODULE", tmp_path / "version")
+    if version:
+        (tmp_path / "version").write_text(MODULES[version] + "GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n")
+    assert cuda_driver.find() == found
+
+
+@pytest.mark.parametrize(
+    ("found", "built_for", "said"),
+    [
+        (Driver(None, None), "12.6", "the host has no NVIDIA driver, and PyTorch is built for CUDA 12.6: choose a GPU"),
+        (
+            Driver("550.54.14", None),
+            "12.6",
+            "the host's driver 550.54.14 is not in the container.*--gpus",
+        ),
+        (
+            Driver("550.54.14", "12.4"),
+            "13.0",
+            "the host's driver 550.54.14 runs CUDA up to 12.4, and PyTorch is built for CUDA 13.0: "
+            "let the endpoint have hosts of CUDA 13.0 and newer",
+        ),
+        (Driver(None, "11.8"), "12.6", "the host's driver runs CUDA up to 11.8, .*hosts of CUDA 12.0 and newer"),
+        (
+            Driver("550.54.14", "12.4"),
+            "12.6",
+            "up to 12.4, which suits PyTorch's CUDA 12.6, but it shows no usable",
+        ),
+        (
+            Driver("580.65.06", "13.0"),
+            "12.6",
+            "up to 13.0, which suits PyTorch's CUDA 12.6, but it shows no usable",
+        ),
+        (Driver("580.65.06", "13.0"), None, "PyTorch is built for the CPU"),
+    ],
+)
+def test_the_operator_is_told_why_there_is_no_device(found: Driver, built_for: str | None, said: str):
+    line = cuda_driver.why_no_device(found, built_for)
+    assert re.search(said, line)
+    assert "\n" not in line
