@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from src.api.output import JobOutput
+from src.api.output import OneImage, SeveralImages
 from src.api.request import MAX_PROMPT_LENGTH, ImageRequest, ModelLimits
 from src.schedulers import SCHEDULERS
 
@@ -30,10 +30,6 @@ def input_schema(limits: ModelLimits) -> dict[str, Any]:
     fields["negative_prompt"]["maxLength"] = MAX_PROMPT_LENGTH
     for name, field in fields.items():
         del field["title"]
-        # pydantic leaves the names of bounds that stand behind a converting validator as they are
-        for own, standard in (("ge", "minimum"), ("le", "maximum"), ("multiple_of", "multipleOf")):
-            if own in field:
-                field[standard] = field.pop(own)
         if name != "prompt":
             # null means the default
             field["type"] = [field["type"], "null"]
@@ -44,7 +40,7 @@ def input_schema(limits: ModelLimits) -> dict[str, Any]:
 
 def output_schema() -> dict[str, Any]:
     """The schema of the output of a job that is completed."""
-    return _headed(TypeAdapter(JobOutput).json_schema(), "Job output")
+    return _headed(TypeAdapter(OneImage | SeveralImages).json_schema(), "Job output")
 
 
 def _headed(schema: dict[str, Any], title: str) -> dict[str, Any]:

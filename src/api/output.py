@@ -3,14 +3,16 @@
 import base64
 import json
 from collections.abc import Callable
-from typing import Annotated, NotRequired
+from typing import Annotated, Any, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from src.api.picture import Picture, encode, parameters
-from src.api.request import ImageRequest, OutputFormat
+from src.api.request import ImageRequest, Mark, OutputFormat
 from src.errors import JobError
+
+SHARED_FIELDS = ImageRequest.fields_without(Mark.PER_IMAGE)
 
 
 class OutputImage(TypedDict):
@@ -24,19 +26,18 @@ class OutputImage(TypedDict):
     ]
 
 
-class OutputParameters(TypedDict):
-    """What all images of a job's output share."""
-
-    width: int
-    height: int
-    num_inference_steps: int
-    guidance_scale: float
-    scheduler: str
-    model: Annotated[str, Field(description="The model's name")]
-    output_format: Annotated[
-        NotRequired[OutputFormat], Field(description="The picture's file format; left out for png")
-    ]
-    warnings: Annotated[NotRequired[list[str]], Field(description="What the client should know")]
+OutputParameters = TypedDict(
+    "OutputParameters",
+    {
+        **{name: ImageRequest.model_fields[name].annotation for name in SHARED_FIELDS},  # type: ignore[misc]
+        "model": Annotated[str, Field(description="The model's name")],
+        "output_format": Annotated[
+            NotRequired[OutputFormat], Field(description="The picture's file format; left out for png")
+        ],
+        "warnings": Annotated[NotRequired[list[str]], Field(description="What the client should know")],
+    },
+)
+"""What all images of a job's output share: the fields that one batch shares, as they were used, and more."""
 
 
 class OneImage(OutputImage, OutputParameters):
@@ -49,9 +50,6 @@ class SeveralImages(OutputParameters):
     images: list[OutputImage]
 
 
-JobOutput = OneImage | SeveralImages
-
-
 def job_output(
     request: ImageRequest,
     pictures: list[Picture],
@@ -60,7 +58,7 @@ def job_output(
     model_name: str,
     max_result_bytes: int,
     upload: Callable[[bytes, str, str], str] | None = None,
-) -> JobOutput:
+) -> dict[str, Any]:
     """What the client reads of a finished job.
 
     Args:
@@ -85,19 +83,12 @@ def job_output(
         else:
             image["image"] = base64.b64encode(file).decode()
         images.append(image)
-    shared: OutputParameters = {
-        "width": request.width,
-        "height": request.height,
-        "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": request.guidance_scale,
-        "scheduler": request.scheduler,
-        "model": model_name,
-    }
+    shared = {name: getattr(request, name) for name in SHARED_FIELDS} | {"model": model_name}
     if request.output_format != "png":
         shared["output_format"] = request.output_format
     if warnings:
         shared["warnings"] = warnings
-    output: JobOutput = {**images[0], **shared} if len(images) == 1 else {"images": images, **shared}
+    output = {**images[0], **shared} if len(images) == 1 else {"images": images, **shared}
     size = len(json.dumps({"output": output}))
     if size > max_result_bytes:
         way_out = "jpeg or webp as output_format" if request.output_format == "png" else "a lower output_quality"

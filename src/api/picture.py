@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from PIL import ExifTags, Image, TiffTags
 from PIL.PngImagePlugin import PngInfo
 
-from src.api.request import ImageRequest, OutputFormat
+from src.api.request import ImageRequest, Mark, OutputFormat
+
+NAMED_FIELDS = {"width", "height", "num_inference_steps", "guidance_scale", "scheduler"}
+"""The fields that Stable Diffusion tools call by names of their own in a picture's parameters."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,18 @@ def parameters(request: ImageRequest, seed: int, model_name: str) -> str:
     lines = [request.prompt]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
-    lines.append(
-        f"Steps: {request.num_inference_steps}, Sampler: {request.scheduler}, CFG scale: {request.guidance_scale}, "
-        f"Seed: {seed}, Size: {request.width}x{request.height}, Model: {model_name}"
-    )
+    values = {
+        "Steps": request.num_inference_steps,
+        "Sampler": request.scheduler,
+        "CFG scale": request.guidance_scale,
+        "Seed": seed,
+        "Size": f"{request.width}x{request.height}",
+    }
+    for name in ImageRequest.fields_without(Mark.PER_IMAGE):
+        if name not in NAMED_FIELDS:
+            values[name.replace("_", " ").capitalize()] = getattr(request, name)
+    values["Model"] = model_name
+    lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))
     return "\n".join(lines)
 
 
