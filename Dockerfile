@@ -2,10 +2,8 @@
 # Layers go from the least to the most often changed: packages, model, code.
 FROM python:3.11-slim
 
-# PYTHONHASHSEED: diffusers loads a pipeline's components in the order of a set, which the weights' read-ahead must know.
 # NVIDIA_*: what NVIDIA's own images set, so that a container runtime lends the GPU.
 ENV PYTHONUNBUFFERED=1 \
-    PYTHONHASHSEED=0 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /app

@@ -18,19 +18,12 @@ from typing import TYPE_CHECKING, NoReturn
 from src.serving.command_line import parse_arguments
 
 if TYPE_CHECKING:
+    import torch
+
+    from src.generation.engine import Engine
+    from src.model.repository import Repository
     from src.settings import Settings
     from src.worker import ProgressReports, Worker
-
-ENVIRONMENT = {
-    # the SDK's default, DEBUG, logs prompts and pictures
-    "RUNPOD_LOG_LEVEL": "INFO",
-    # the picture generated at start tests more of the machine than the SDK's own checks, which would run after it
-    "RUNPOD_SKIP_GPU_CHECK": "true",
-    "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
-    # transformers warns at every import of optional packages that are not installed
-    "TRANSFORMERS_VERBOSITY": "error",
-}
-"""Defaults of the libraries' environment variables, most of which are read at import."""
 
 
 def build_worker(settings: "Settings", progress_reports: "ProgressReports | None" = None) -> "Worker":
@@ -42,33 +35,68 @@ def build_worker(settings: "Settings", progress_reports: "ProgressReports | None
 
     Raises:
         StartError: if the model cannot be loaded.
-        JobError: if it cannot generate.
+        JobError, Exception: if it cannot generate.
     """
-    from src.settings import misspelt
-    from src.startup import import_libraries, prefetch
+    from src.model import repository
+    from src.settings import typo_hints
+    from src.startup import prefetch
+    from src.startup.import_libraries import import_libraries
 
     begun = time.monotonic()
-    prefetch.begin(settings)
-    # these imports are most of a cold start: they wait until the disk is at work
-    import torch  # noqa: F401
+    # imports dominate a cold start, so disk reads are started first
+    found = repository.find_local(settings)
+    prefetch.begin(settings, found)
+    import_libraries()
+    from runpod import RunPodLogger
 
-    import_libraries.defer()
-    prefetch.load_kernels()
-    from src.generation.engine import Engine
-    from src.model import loading
+    from src.model.loading import memory_in_use
     from src.worker import Worker
 
-    log = loading.log
-    for hint in misspelt():
+    log = RunPodLogger()
+    for hint in typo_hints():
         log.warn(hint)
     log.info(f"imports: {time.monotonic() - begun:.1f} s")
-    engine = Engine(loading.load(settings), settings.max_batch_images, stall_timeout=settings.stall_timeout)
+    engine = build_engine(settings, found=found)
     loaded = time.monotonic()
     engine.warm_up()
     log.info(f"warm-up: {time.monotonic() - loaded:.1f} s")
-    prefetch.finish()
-    log.info(f"ready: {loading.memory_in_use()}, {time.monotonic() - begun:.1f} s in all")
+    log.info(f"ready: {memory_in_use()}, {time.monotonic() - begun:.1f} s in all")
     return Worker(engine, settings, progress_reports)
+
+
+def build_engine(
+    settings: "Settings", dtype: "torch.dtype | None" = None, *, found: "Repository | None" = None
+) -> "Engine":
+    """Loads the model and builds the engine around it, without a warm-up.
+
+    Args:
+        settings: which model, and how to run it.
+        dtype: of the weights. By default float16 on a CUDA device, float32 on the CPU.
+        found: the model, if it was found on this machine already; otherwise it is looked for or downloaded.
+
+    Raises:
+        StartError: if there is no usable device or no usable model.
+    """
+    from runpod import RunPodLogger
+
+    from src.generation.acceleration import accelerate
+    from src.generation.batch_runner import BatchRunner
+    from src.generation.engine import Engine
+    from src.model import loading, repository
+
+    log, begun = RunPodLogger(), time.monotonic()
+    device = loading.choose_device(settings)
+    model = found or repository.find(settings)
+    log.info(f"model: {model}, {model.where}, {time.monotonic() - begun:.1f} s")
+    begun = time.monotonic()
+    pipe = loading.load(model, device, settings, dtype)
+    graphs = accelerate(pipe, settings)
+    log.info(
+        f"weights: {loading.describe(pipe)}, attention slicing {settings.attention_slicing}, "
+        f"CUDA graphs {'on' if graphs else 'off'}, {time.monotonic() - begun:.1f} s"
+    )
+    runner = BatchRunner(pipe, model.name, graphs)
+    return Engine(runner, settings.max_batch_images, stall_timeout=settings.stall_timeout)
 
 
 def refuse_to_start(error: Exception) -> NoReturn:
@@ -80,30 +108,30 @@ def refuse_to_start(error: Exception) -> NoReturn:
     runpod.RunPodLogger().error(f"the worker cannot start: {error}")
     if on_runpod():
 
-        def the_worker_can_start() -> None:
+        def report_start_error() -> None:
             raise error
 
-        runpod.serverless.register_fitness_check(the_worker_can_start)
+        runpod.serverless.register_fitness_check(report_start_error)
         runpod.serverless.start({"handler": None})
     sys.stdout.flush()
-    # Python's own exit would wait for the engine's thread, which hangs with the GPU
+    # sys.exit() would join the engine's thread, which may never return
     os._exit(1)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.rp_log_level:
-        os.environ["RUNPOD_LOG_LEVEL"] = arguments.rp_log_level
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # Ctrl-C ends a start, without a traceback
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
     # imported late, so that --help and a misspelt argument are answered at once
     from src.errors import JobError, StartError
     from src.serving import one_job
     from src.settings import Settings, on_runpod
+    from src.startup.import_libraries import set_environment
+
+    if arguments.rp_log_level:
+        os.environ["RUNPOD_LOG_LEVEL"] = arguments.rp_log_level
+    set_environment()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Ctrl-C ends a start, without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     runs_one_job = not arguments.rp_serve_api and (arguments.test_input is not None or not on_runpod())
     try:

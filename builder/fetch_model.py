@@ -32,7 +32,7 @@ def fetch(model_id: str, revision: str | None, output: Path) -> None:
         StartError: if the model cannot be had, or is not one that the worker runs.
     """
     settings = Settings(model_id=model_id, model_revision=revision)
-    found = repository.find(model_id, settings)
+    found = repository.find(settings)
     print(f"{found}: {found.where}, {found.path}", flush=True)
     # imported only now: a model that cannot be downloaded is reported at once
     import torch

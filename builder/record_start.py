@@ -25,7 +25,6 @@ def record() -> list[str]:
     import handler
     from src.settings import DEMO_MODEL_ID, Settings
 
-    os.environ.update(handler.ENVIRONMENT)
     handler.build_worker(Settings(model_id=DEMO_MODEL_ID))
     return [file for file in list(opened) if file.startswith((sys.prefix, sys.base_prefix)) and Path(file).is_file()]
 

@@ -99,10 +99,10 @@ class Settings(BaseModel):
         try:
             return cls.model_validate({name: value for name, value in given.items() if value})
         except ValidationError as error:
-            raise StartError("; ".join([*map(_format_error, error.errors()), *misspelt(environment)])) from None
+            raise StartError("; ".join([*map(_format_error, error.errors()), *typo_hints(environment)])) from None
 
 
-def misspelt(environment: Mapping[str, str] = os.environ) -> list[str]:
+def typo_hints(environment: Mapping[str, str] = os.environ) -> list[str]:
     """A line for each variable that is set and is no setting, but is named nearly like one."""
     names = [name.upper() for name in Settings.model_fields]
     lines = []

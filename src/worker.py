@@ -14,7 +14,8 @@ from src.api.bucket import Bucket
 from src.api.output import job_output
 from src.api.request import ImageRequest
 from src.errors import JobError
-from src.generation.engine import Engine, Progress
+from src.generation.engine import Engine
+from src.generation.pending import Progress
 from src.serving import worker_loop
 from src.settings import Settings
 

@@ -20,15 +20,16 @@ import pytest
 import requests
 import torch
 
-from src.startup import import_libraries
+from src.startup.import_libraries import import_libraries
 
 # as handler.py does: the tests run what the worker runs, and start sooner
-import_libraries.defer()
+import_libraries()
+
+from diffusers import StableDiffusionPipeline
 
 from src.generation.engine import Engine
-from src.model import loading
-from src.model.loading import Model
 from src.settings import Settings
+from tests.support import engines
 from tests.support.client import Client, until
 from tests.support.platform_stub import HANDLER, Platform, serving
 from tests.support.v1_4 import make_repository
@@ -44,34 +45,28 @@ def v1_4_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def loaded(v1_4_repository: Path) -> dict[str, Model]:
-    return {name: loading.load(Settings(model_id=name)) for name in (str(v1_4_repository), "demo")}
+def pipes(v1_4_repository: Path) -> dict[str, StableDiffusionPipeline]:
+    return {name: engines.pipe_of(engines.build(name)) for name in (str(v1_4_repository), "demo")}
 
 
 @pytest.fixture
-def v1_4_model(loaded: dict[str, Model], v1_4_repository: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
-    return with_its_own_scheduler(loaded[str(v1_4_repository)], monkeypatch)
+def v1_4_pipe(pipes: dict[str, StableDiffusionPipeline], v1_4_repository: Path) -> StableDiffusionPipeline:
+    return pipes[str(v1_4_repository)]
 
 
 @pytest.fixture
-def demo_model(loaded: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> Model:
-    return with_its_own_scheduler(loaded["demo"], monkeypatch)
-
-
-def with_its_own_scheduler(model: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """Restores ``model``'s scheduler after the test, since an engine replaces it."""
-    monkeypatch.setattr(model.pipe, "scheduler", model.pipe.scheduler)
-    return model
+def demo_pipe(pipes: dict[str, StableDiffusionPipeline]) -> StableDiffusionPipeline:
+    return pipes["demo"]
 
 
 @pytest.fixture
-def v1_4_engine(v1_4_model: Model) -> Engine:
-    return Engine(v1_4_model, max_batch_images=4)
+def v1_4_engine(v1_4_pipe: StableDiffusionPipeline, v1_4_repository: Path) -> Engine:
+    return engines.around(v1_4_pipe, v1_4_repository.name)
 
 
 @pytest.fixture
-def demo_engine(demo_model: Model) -> Engine:
-    return Engine(demo_model, max_batch_images=4)
+def demo_engine(demo_pipe: StableDiffusionPipeline) -> Engine:
+    return engines.around(demo_pipe, "demo")
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,6 @@ from src.api.output import OneImage
 from src.api.picture import encode, parameters
 from src.api.request import ImageRequest, OutputFormat
 from src.generation.batch_runner import BatchRunner
-from src.model.loading import Model
 from src.schedulers import SCHEDULERS
 from src.settings import Settings
 from tests.support.client import until
@@ -86,7 +85,7 @@ class RecordingPipeline:
 @pytest.mark.parametrize("field", VALUES)
 def test_a_field_reaches_the_pipeline(field: str):
     pipeline = RecordingPipeline()
-    runner = BatchRunner(Model("none", pipeline))
+    runner = BatchRunner(pipeline, "none")
     for request in two_requests(field):
         runner.run([request] * request.num_images, request.seeds, lambda share: None)
     first, second = pipeline.asked

@@ -14,23 +14,14 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageChops
 
 from builder.demo_model.evaluate import shape_colors
-from src.api.request import MAX_STEPS, ImageRequest
+from src.api.request import MAX_STEPS
 from src.errors import JobError
 from src.generation.batch_runner import BatchRunner
-from src.generation.engine import Engine, GenerationResult
-from src.model import loading
-from src.model.loading import Model
+from src.generation.engine import Engine
+from src.generation.pending import GenerationResult
 from src.schedulers import SCHEDULERS
-from src.settings import Settings
-from tests.test_engine import generate_together
-
-
-def job_request(engine: Engine, **job_input: object) -> ImageRequest:
-    return ImageRequest.parse({"prompt": "a cat", "num_inference_steps": 2, "seed": 3} | job_input, engine.limits)
-
-
-def generate(engine: Engine, **job_input: object) -> GenerationResult:
-    return asyncio.run(engine.generate(job_request(engine, **job_input)))
+from tests.support import engines
+from tests.support.engines import generate, generate_together, request_for
 
 
 def furthest(a: Image.Image, b: Image.Image) -> int:
@@ -59,16 +50,16 @@ def test_the_same_request_gives_the_same_bytes_and_another_seed_another_picture(
     assert (first.image.size, first.image.mode) == ((64, 64), "RGB")
 
 
-@pytest.mark.parametrize("model", ["v1_4_model", "demo_model"])
+@pytest.mark.parametrize("model", ["v1_4_pipe", "demo_pipe"])
 def test_a_picture_alone_has_the_bytes_that_diffusers_gives(model: str, request: pytest.FixtureRequest):
-    loaded: Model = request.getfixturevalue(model)
-    scheduler = loaded.pipe.scheduler
-    ours = generate(Engine(loaded, 4), prompt="the sea", num_inference_steps=4).pictures[0].image
+    pipe: StableDiffusionPipeline = request.getfixturevalue(model)
+    scheduler = pipe.scheduler
+    ours = generate(engines.around(pipe), prompt="the sea", num_inference_steps=4).pictures[0].image
     try:
         generator = torch.Generator().manual_seed(3)
-        theirs = loaded.pipe("the sea", negative_prompt="", num_inference_steps=4, generator=generator).images[0]
+        theirs = pipe("the sea", negative_prompt="", num_inference_steps=4, generator=generator).images[0]
     finally:
-        loaded.pipe.scheduler = type(scheduler).from_config(scheduler.config)
+        pipe.scheduler = type(scheduler).from_config(scheduler.config)
     assert ours.tobytes() == theirs.tobytes()
 
 
@@ -80,8 +71,10 @@ def test_image_i_is_what_seed_plus_i_gives_alone(demo_engine: Engine):
         assert furthest(picture.image, alone.image) <= 2
 
 
-def test_eight_prompts_in_one_batch_each_get_their_own_picture(demo_model: Model, batches: list[list[str]]):
-    engine = Engine(demo_model, max_batch_images=8)
+def test_eight_prompts_in_one_batch_each_get_their_own_picture(
+    demo_pipe: StableDiffusionPipeline, batches: list[list[str]]
+):
+    engine = engines.around(demo_pipe, "demo", max_batch_images=8)
     asked = [
         ("red", "white"),
         ("blue", "yellow"),
@@ -95,7 +88,7 @@ def test_eight_prompts_in_one_batch_each_get_their_own_picture(demo_model: Model
     long = " ".join(["nothing"] * 100)
     negative_prompts = ["", "the sea", "", long, "", "a desert", "", "a forest"]
     requests = [
-        job_request(
+        request_for(
             engine,
             prompt=f"a {color} square on a {background} background",
             negative_prompt=negative_prompts[i],
@@ -120,11 +113,11 @@ SMALL = {"width": 64, "height": 64, "guidance_scale": 0}
 """What takes least time: without guidance, a step takes half as long."""
 
 
-@pytest.mark.parametrize("model", ["v1_4_model", "demo_model"])
+@pytest.mark.parametrize("model", ["v1_4_pipe", "demo_pipe"])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_every_scheduler_works_at_few_steps(model: str, scheduler: str, steps: int, request: pytest.FixtureRequest):
-    engine = Engine(request.getfixturevalue(model), max_batch_images=4)
+    engine = engines.around(request.getfixturevalue(model))
     options = SMALL | {"scheduler": scheduler, "num_inference_steps": steps}
     alone = generate(engine, **options).pictures[0].image
     first, second = (picture.image for picture in generate(engine, num_images=2, **options).pictures)
@@ -132,13 +125,13 @@ def test_every_scheduler_works_at_few_steps(model: str, scheduler: str, steps: i
     assert np.asarray(alone).std() > 1
 
 
-@pytest.mark.parametrize("model", ["v1_4_model", "demo_model"])
+@pytest.mark.parametrize("model", ["v1_4_pipe", "demo_pipe"])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_scheduler_works_at_most_steps(model: str, scheduler: str, request: pytest.FixtureRequest):
-    engine = Engine(request.getfixturevalue(model), max_batch_images=4)
+    engine = engines.around(request.getfixturevalue(model))
     options = SMALL | {"scheduler": scheduler, "num_inference_steps": MAX_STEPS}
     # in one batch, since the steps take long
-    jobs = (job_request(engine, num_images=images, **options) for images in (1, 2))
+    jobs = (request_for(engine, num_images=images, **options) for images in (1, 2))
     (one,), (first, second) = (
         [picture.image for picture in result.pictures] for result in generate_together(engine, *jobs)
     )
@@ -150,7 +143,7 @@ LINSPACE = {"timestep_spacing": "linspace"}
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
 
 
-@pytest.mark.parametrize("model", ["v1_4_model", "demo_model"])
+@pytest.mark.parametrize("model", ["v1_4_pipe", "demo_pipe"])
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -167,25 +160,24 @@ LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
 def test_a_scheduler_is_what_diffusers_recommends_for_stable_diffusion(
     model: str, name: str, expected: dict[str, Any], request: pytest.FixtureRequest
 ):
-    loaded: Model = request.getfixturevalue(model)
-    scheduler = BatchRunner(loaded)._new_scheduler(name)
+    pipe: StableDiffusionPipeline = request.getfixturevalue(model)
+    scheduler = BatchRunner(pipe, "test")._new_scheduler(name)
     assert type(scheduler).__name__ == SCHEDULERS[name].class_name
     trained = {
         "num_train_timesteps": 1000,
         "beta_start": 0.00085,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
-        "prediction_type": "v_prediction" if model == "demo_model" else "epsilon",
+        "prediction_type": "v_prediction" if model == "demo_pipe" else "epsilon",
     }
     assert {key: scheduler.config[key] for key in trained | expected} == trained | expected
 
 
-def test_a_spacing_that_a_model_chose_is_kept(v1_4_model: Model):
-    v1_4_model.pipe.scheduler = diffusers.DDIMScheduler.from_config(
-        v1_4_model.pipe.scheduler.config, timestep_spacing="trailing"
-    )
+def test_timestep_spacing_of_the_model_is_kept(v1_4_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch):
+    trailing = diffusers.DDIMScheduler.from_config(v1_4_pipe.scheduler.config, timestep_spacing="trailing")
+    monkeypatch.setattr(v1_4_pipe, "scheduler", trailing)
     for name in set(SCHEDULERS) - {"DPMSolverSinglestep"}:
-        assert BatchRunner(v1_4_model)._new_scheduler(name).config.timestep_spacing == "trailing"
+        assert BatchRunner(v1_4_pipe, "test")._new_scheduler(name).config.timestep_spacing == "trailing"
 
 
 def test_a_scheduler_leaves_nothing_behind(v1_4_engine: Engine):
@@ -200,8 +192,8 @@ def test_size_and_guidance_reach_the_pipeline(v1_4_engine: Engine):
     assert generate(v1_4_engine, guidance_scale=0).pictures != generate(v1_4_engine, guidance_scale=30).pictures
 
 
-def test_what_lies_beyond_77_tokens_is_quoted(demo_model: Model, demo_engine: Engine):
-    tokenizer = demo_model.pipe.tokenizer
+def test_what_lies_beyond_77_tokens_is_quoted(demo_pipe: StableDiffusionPipeline, demo_engine: Engine):
+    tokenizer = demo_pipe.tokenizer
     fitting = " ".join(["sea"] * 80)
     while len(tokenizer(fitting).input_ids) > 77:
         fitting = fitting[:-4]
@@ -217,10 +209,10 @@ def test_what_lies_beyond_77_tokens_is_quoted(demo_model: Model, demo_engine: En
 
 
 def test_a_blanked_picture_is_black_and_said_to_be(v1_4_repository):
-    model = loading.load(Settings(model_id=str(v1_4_repository)))
-    engine = Engine(model, max_batch_images=4)
+    engine = engines.build(v1_4_repository)
+    checker = engines.pipe_of(engine).safety_checker
     # cosines start at -1: every picture is over this threshold
-    model.pipe.safety_checker.concept_embeds_weights.data.fill_(-2.0)
+    checker.concept_embeds_weights.data.fill_(-2.0)
     result = generate(engine, num_images=2)
     assert [picture.nsfw for picture in result.pictures] == [True, True]
     assert {picture.image.getextrema() for picture in result.pictures} == {((0, 0),) * 3}
@@ -228,7 +220,7 @@ def test_a_blanked_picture_is_black_and_said_to_be(v1_4_repository):
         "image 1 of 2 (seed 3) was blanked by the safety checker",
         "image 2 of 2 (seed 4) was blanked by the safety checker",
     ]
-    model.pipe.safety_checker.concept_embeds_weights.data.fill_(2.0)
+    checker.concept_embeds_weights.data.fill_(2.0)
     assert generate(engine).pictures[0].nsfw is False
 
 
@@ -236,16 +228,18 @@ def test_a_model_without_a_checker_says_nothing_of_nsfw(demo_engine: Engine):
     assert generate(demo_engine).pictures[0].nsfw is None
 
 
-def test_nan_is_an_error_of_its_own_image(v1_4_model: Model, v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch):
-    decode = v1_4_model.pipe.vae.decode
+def test_nan_is_an_error_of_its_own_image(
+    v1_4_pipe: StableDiffusionPipeline, v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    decode = v1_4_pipe.vae.decode
 
     def second_is_nan(*args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
         pictures = decode(*args, **kwargs)[0].clone()
         pictures[min(1, len(pictures) - 1), :, 0, 0] = float("nan")
         return (pictures,)
 
-    monkeypatch.setattr(v1_4_model.pipe.vae, "decode", second_is_nan)
-    first, bad, last = generate_together(v1_4_engine, *(job_request(v1_4_engine, prompt=name) for name in "abc"))
+    monkeypatch.setattr(v1_4_pipe.vae, "decode", second_is_nan)
+    first, bad, last = generate_together(v1_4_engine, *(request_for(v1_4_engine, prompt=name) for name in "abc"))
     assert isinstance(first, GenerationResult) and isinstance(last, GenerationResult)
     assert isinstance(bad, JobError) and str(bad).startswith("the model produced NaN instead of a picture")
     with pytest.raises(JobError, match="the model produced NaN"):
@@ -253,17 +247,17 @@ def test_nan_is_an_error_of_its_own_image(v1_4_model: Model, v1_4_engine: Engine
 
 
 @pytest.fixture
-def steps(v1_4_model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def steps(v1_4_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry, the number of images, for each denoising step that the device takes."""
     taken: list[int] = []
-    forward = v1_4_model.pipe.unet.forward
+    forward = v1_4_pipe.unet.forward
 
     def counted(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         assert torch.is_inference_mode_enabled()
         taken.append(len(latents) // 2)
         return forward(latents, *args, **kwargs)
 
-    monkeypatch.setattr(v1_4_model.pipe.unet, "forward", counted)
+    monkeypatch.setattr(v1_4_pipe.unet, "forward", counted)
     return taken
 
 
@@ -276,11 +270,11 @@ async def cancel_after(steps: list[int], count: int, job: asyncio.Task) -> None:
 
 def test_a_running_request_that_is_cancelled_frees_the_device_within_two_steps(v1_4_engine: Engine, steps: list[int]):
     async def cancel() -> int:
-        job = asyncio.create_task(v1_4_engine.generate(job_request(v1_4_engine, num_inference_steps=150)))
+        job = asyncio.create_task(v1_4_engine.generate(request_for(v1_4_engine, num_inference_steps=150)))
         await cancel_after(steps, 5, job)
         await asyncio.gather(job, return_exceptions=True)
         at = len(steps)
-        await asyncio.wrap_future(v1_4_engine._thread.submit(lambda: None))
+        await engines.until_idle(v1_4_engine)
         return at
 
     at = asyncio.run(cancel())
@@ -292,10 +286,10 @@ def test_a_cancelled_request_leaves_its_neighbours_alone(v1_4_engine: Engine, st
     steps.clear()
 
     async def cancel_one() -> GenerationResult:
-        one = job_request(v1_4_engine, prompt="a", num_images=4)
+        one = request_for(v1_4_engine, prompt="a", num_images=4)
         busy = asyncio.create_task(v1_4_engine.generate(one))
         gone, stays = (
-            asyncio.create_task(v1_4_engine.generate(job_request(v1_4_engine, prompt=name, num_inference_steps=40)))
+            asyncio.create_task(v1_4_engine.generate(request_for(v1_4_engine, prompt=name, num_inference_steps=40)))
             for name in "ab"
         )
         await busy
@@ -309,10 +303,10 @@ def test_a_cancelled_request_leaves_its_neighbours_alone(v1_4_engine: Engine, st
 
 @pytest.mark.parametrize("at", ["unet", "decode"])
 def test_a_failed_calls_tensors_are_free_before_the_next_try(
-    at: str, v1_4_model: Model, v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch
+    at: str, v1_4_pipe: StableDiffusionPipeline, v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ):
     tensors: list[weakref.ref] = []
-    pipe, tries = v1_4_model.pipe, 0
+    pipe, tries = v1_4_pipe, 0
 
     def watch(function: Callable[..., Any], fails: bool) -> Callable[..., Any]:
         def watched(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -348,12 +342,3 @@ def test_a_failed_calls_tensors_are_free_before_the_next_try(
     # the first call, and its halves
     assert alive == [0, 0, 0]
     assert tries > 2
-
-
-def test_an_engine_that_is_gone_leaves_other_threads_modes_alone(v1_4_model: Model):
-    engine = Engine(v1_4_model, 4)
-    generate(engine)
-    with torch.no_grad():
-        del engine
-        gc.collect()
-        assert not torch.is_grad_enabled()

@@ -15,19 +15,26 @@ MODULES = {
 
 
 class Libcuda:
-    def __init__(self, number: int, error: int = 0):
-        self.number, self.error = number, error
+    def __init__(self, number: int, error: int = 0, devices: int = 0):
+        self.number, self.error, self.devices = number, error, devices
 
     def cuDriverGetVersion(self, number) -> int:
         number._obj.value = self.number
         return self.error
+
+    def cuInit(self, flags: int) -> int:
+        return self.error
+
+    def cuDeviceGetCount(self, number) -> int:
+        number._obj.value = self.devices
+        return 0
 
 
 @pytest.mark.parametrize(
     ("version", "libcuda", "found"),
     [
         ("550.54.14", Libcuda(12040), Driver("550.54.14", "12.4")),
-        ("580.65.06", Libcuda(13000), Driver("580.65.06", "13.0")),
+        ("580.65.06", Libcuda(13000, devices=2), Driver("580.65.06", "13.0", devices=2)),
         ("590.48", Libcuda(13010), Driver("590.48", "13.1")),
         ("550.54.14", Libcuda(0, error=34), Driver("550.54.14", None)),
         (None, Libcuda(12080), Driver(None, "12.8")),
@@ -35,7 +42,7 @@ class Libcuda:
         (None, None, Driver(None, None)),
     ],
 )
-def test_the_driver_is_found_without_a_device(
+def test_driver_is_found_with_and_without_a_device(
     monkeypatch, tmp_path: Path, version: str | None, libcuda: Libcuda | None, found: Driver
 ):
     def load(name: str) -> Libcuda:
@@ -48,6 +55,10 @@ def test_the_driver_is_found_without_a_device(
     if version:
         (tmp_path / "version").write_text(MODULES[version] + "GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n")
     assert cuda_driver.find() == found
+    # a build of PyTorch for the CPU uses none
+    for build, shows in (("2.13.0", found.devices > 0), ("2.13.0+cu126", found.devices > 0), ("2.13.0+cpu", False)):
+        monkeypatch.setattr(cuda_driver.metadata, "version", lambda package, build=build: build)
+        assert cuda_driver.shows_device() is shows
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from src.generation import acceleration
 from src.generation.cuda_graphs import Capture, GraphedStep, Inputs, Pace, Step
-from src.model import loading
-from src.model.loading import Model
 
 
 def inputs(size: int = 8, images: int = 2) -> Inputs:
@@ -46,8 +45,8 @@ def captures() -> Captures:
 
 
 @pytest.fixture
-def forward(v1_4_model: Model) -> Callable:
-    return v1_4_model.pipe.unet.forward
+def forward(v1_4_pipe: StableDiffusionPipeline) -> Callable:
+    return v1_4_pipe.unet.forward
 
 
 @torch.no_grad()
@@ -168,13 +167,15 @@ def test_arguments_that_a_graph_does_not_know_are_heeded(captures: Captures, for
     assert captures.captured == []
 
 
-def test_the_pipeline_calls_the_graphed_step(captures: Captures, v1_4_model: Model, monkeypatch: pytest.MonkeyPatch):
+def test_the_pipeline_calls_the_graphed_step(
+    captures: Captures, v1_4_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+):
     def generate() -> torch.Tensor:
         generator = torch.Generator().manual_seed(1)
-        return v1_4_model.pipe("sea", num_inference_steps=5, generator=generator, output_type="pt").images
+        return v1_4_pipe("sea", num_inference_steps=5, generator=generator, output_type="pt").images
 
     plain = generate()
-    unet = v1_4_model.pipe.unet
+    unet = v1_4_pipe.unet
     monkeypatch.setattr(unet, "forward", GraphedStep(unet.forward, captures))
     assert torch.equal(generate(), plain)
     assert captures.captured == [8]
@@ -183,7 +184,7 @@ def test_the_pipeline_calls_the_graphed_step(captures: Captures, v1_4_model: Mod
 
 
 def test_attention_is_fused_only_where_it_is_not_sliced(v1_4_repository, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loading, "Capture", Captures)
+    monkeypatch.setattr(acceleration, "Capture", Captures)
     plain = {}
     for sliced in (False, True):
         pipe = StableDiffusionPipeline.from_pretrained(v1_4_repository)
@@ -192,7 +193,7 @@ def test_attention_is_fused_only_where_it_is_not_sliced(v1_4_repository, monkeyp
         plain[sliced] = pipe("sea", generator=generator, **options).images
         if sliced:
             pipe.enable_attention_slicing()
-        loading.enable_cuda_graphs(pipe, sliced=sliced)
+        acceleration.enable_cuda_graphs(pipe, sliced=sliced)
         assert pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
         assert hasattr(pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1, "to_qkv") is not sliced
         generated = pipe("sea", generator=torch.Generator().manual_seed(1), **options).images

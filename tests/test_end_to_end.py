@@ -21,24 +21,12 @@ import requests
 from PIL import Image
 
 from tests.support.client import picture
+from tests.support.processes import run_handler
 
 pytestmark = pytest.mark.process
 
 HANDLER = Path(__file__).parents[1] / "handler.py"
 BASELINES_PROMPT = "A double-black diamond mountain to ski on near Seattle."
-
-
-def run_handler(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs ``handler.py`` as a person does, who sets no log level."""
-    bare = {name: value for name, value in os.environ.items() if name != "RUNPOD_LOG_LEVEL"}
-    return subprocess.run(
-        [sys.executable, HANDLER, *arguments],
-        cwd=folder,
-        env=bare | environment,
-        text=True,
-        capture_output=True,
-        timeout=120,
-    )
 
 
 def refused_to_start(ran: subprocess.CompletedProcess[str], said: str) -> None:

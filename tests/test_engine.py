@@ -14,7 +14,9 @@ from PIL import Image
 from src.api.picture import Picture
 from src.api.request import ImageRequest, ModelLimits
 from src.errors import JobError
-from src.generation.engine import Engine, GenerationResult, Progress
+from src.generation.engine import Engine
+from src.generation.pending import GenerationResult, Progress
+from tests.support.engines import generate_together, until_idle
 
 LIMITS = ModelLimits(native_size=64, max_size=128, scheduler="PNDM")
 IMAGE = Image.new("RGB", (64, 64))
@@ -38,9 +40,7 @@ class StandIn:
         self.steps: list[int] = []
         """For each step, the images in it."""
         self.released = 0
-
-    def prepare_thread(self) -> None:
-        self.thread = threading.current_thread()
+        self.threads: set[threading.Thread] = set()
 
     def run(
         self, requests: Sequence[ImageRequest], seeds: Sequence[int], after_step: Callable[[float], None]
@@ -48,7 +48,8 @@ class StandIn:
         # first, since the engine takes what is raised here for a batch that failed, and runs it request by request
         self.batches.append([each.prompt for each in requests])
         assert len({each.batch_key for each in requests}) == 1
-        assert threading.current_thread() is self.thread
+        self.threads.add(threading.current_thread())
+        assert len(self.threads) == 1
         self.first(requests)
         steps = requests[0].num_inference_steps
         for step in range(steps):
@@ -74,20 +75,6 @@ def fail_with(error: Exception, *, when: Callable[[Sequence[ImageRequest]], bool
     return StandIn(first)
 
 
-def generate_together(engine: Engine, *requests: ImageRequest) -> list[Any]:
-    """What becomes of requests that all wait while the device is busy."""
-    device_is_free = threading.Event()
-
-    async def wait() -> list[GenerationResult | BaseException]:
-        engine._thread.submit(device_is_free.wait)
-        answers = [asyncio.create_task(engine.generate(each)) for each in requests]
-        await asyncio.sleep(0)
-        device_is_free.set()
-        return await asyncio.wait_for(asyncio.gather(*answers, return_exceptions=True), 120)
-
-    return asyncio.run(wait())
-
-
 def seeds(result: GenerationResult) -> list[int]:
     return [picture.seed for picture in result.pictures]
 
@@ -96,9 +83,7 @@ def test_what_can_share_a_batch_does_oldest_first():
     runner = StandIn()
     steps = {"a": 2, "b": 3}
     order = ["b1", "a1", "b2", "a2", "b3", "b4", "b5", "a3"]
-    generate_together(
-        Engine(None, 4, runner), *(request(prompt=name, num_inference_steps=steps[name[0]]) for name in order)
-    )
+    generate_together(Engine(runner, 4), *(request(prompt=name, num_inference_steps=steps[name[0]]) for name in order))
     assert runner.batches == [["b1", "b2", "b3", "b4"], ["a1", "a2", "a3"], ["b5"]]
 
 
@@ -122,7 +107,7 @@ MAY_DIFFER = {"prompt", "negative_prompt", "seed", "num_images", "output_format"
 def test_requests_that_differ_in_what_the_pipeline_takes_once_never_share_a_batch(one: dict, other: dict):
     assert set(FIELDS) == set(ImageRequest.model_fields)
     runner = StandIn()
-    generate_together(Engine(None, 4, runner), request(**one), request(**other))
+    generate_together(Engine(runner, 4), request(**one), request(**other))
     share = all(one[name] == other[name] for name in FIELDS if name not in MAY_DIFFER)
     assert len(runner.batches) == (1 if share else 2)
 
@@ -130,12 +115,13 @@ def test_requests_that_differ_in_what_the_pipeline_takes_once_never_share_a_batc
 def test_images_count_towards_the_size_of_a_batch():
     runner = StandIn()
     x, y = request(prompt="x", seed=0, num_images=3), request(prompt="y", seed=50, num_images=3)
-    results = generate_together(Engine(None, 4, runner), x, y)
+    results = generate_together(Engine(runner, 4), x, y)
     assert runner.batches == [["x", "x", "x", "y"], ["y", "y"]]
     assert [seeds(result) for result in results] == [[0, 1, 2], [50, 51, 52]]
-    (result,) = generate_together(Engine(None, 1, runner), request(num_images=4, seed=7))
+    runner = StandIn()
+    (result,) = generate_together(Engine(runner, 1), request(num_images=4, seed=7))
     assert seeds(result) == [7, 8, 9, 10]
-    assert [len(batch) for batch in runner.batches[2:]] == [1] * 4
+    assert [len(batch) for batch in runner.batches] == [1] * 4
 
 
 def test_one_thread_runs_one_batch_at_a_time_and_the_event_loop_stays_free():
@@ -150,7 +136,7 @@ def test_one_thread_runs_one_batch_at_a_time_and_the_event_loop_stays_free():
 
     async def both() -> None:
         nonlocal ticks
-        engine = Engine(None, 1, StandIn(first))
+        engine = Engine(StandIn(first), 1)
         answers = [asyncio.create_task(engine.generate(request(num_inference_steps=1))) for _ in "ab"]
         while not all(answer.done() for answer in answers):
             await asyncio.sleep(0.005)
@@ -161,7 +147,7 @@ def test_one_thread_runs_one_batch_at_a_time_and_the_event_loop_stays_free():
 
 
 def test_warnings_are_those_of_the_request():
-    first, second = generate_together(Engine(None, 4, StandIn()), request(prompt="long"), request())
+    first, second = generate_together(Engine(StandIn(), 4), request(prompt="long"), request())
     assert (first.warnings, second.warnings) == (["long was cut"], [])
 
 
@@ -169,7 +155,7 @@ def test_a_request_cancelled_while_it_waits_never_reaches_the_device():
     runner, device_is_free = StandIn(), threading.Event()
 
     async def cancel_one() -> list[Any]:
-        engine = Engine(None, 4, runner)
+        engine = Engine(runner, 4)
         engine._thread.submit(device_is_free.wait)
         answers = [asyncio.create_task(engine.generate(request(prompt=name))) for name in "abc"]
         await asyncio.sleep(0)
@@ -195,14 +181,14 @@ def test_a_batch_ends_at_the_next_step_when_all_of_its_requests_are_cancelled(ot
     runner = StandIn(first)
 
     async def cancel_one() -> Any:
-        engine = Engine(None, 4, runner)
+        engine = Engine(runner, 4)
         waiting = [asyncio.create_task(engine.generate(request(num_inference_steps=9))) for _ in range(1 + others)]
         await asyncio.to_thread(started.wait, 10)
         waiting[0].cancel()
         await asyncio.sleep(0)
         go_on.set()
         results = await asyncio.gather(*waiting, return_exceptions=True)
-        await asyncio.wrap_future(engine._thread.submit(lambda: None))
+        await until_idle(engine)
         return results
 
     # the first request is alone in its batch: the other came while the device was busy
@@ -222,7 +208,7 @@ def test_progress_grows_from_nothing_to_all_of_it():
 
             return super().run(requests, seeds, watched)
 
-    engine = Engine(None, 2, Watched())
+    engine = Engine(Watched(), 2)
     asyncio.run(engine.generate(request(num_images=3, num_inference_steps=10), progress))
     seen.append(progress.share)
     # two images in the first batch, the third in the second
@@ -235,7 +221,7 @@ def out_of_memory_above(images: int) -> StandIn:
 
 def test_out_of_memory_halves_a_batch_until_it_fits():
     runner = out_of_memory_above(1)
-    results = generate_together(Engine(None, 4, runner), *(request(prompt=name, num_images=2) for name in "ab"))
+    results = generate_together(Engine(runner, 4), *(request(prompt=name, num_images=2) for name in "ab"))
     assert all(len(result.pictures) == 2 for result in results)
     assert runner.batches == [["a", "a", "b", "b"], ["a", "a"], ["a"], ["a"], ["b"], ["b"]]
     assert runner.released == 2
@@ -243,7 +229,7 @@ def test_out_of_memory_halves_a_batch_until_it_fits():
 
 def test_what_did_not_fit_is_remembered_for_its_size():
     runner = out_of_memory_above(3)
-    engine = Engine(None, 8, runner)
+    engine = Engine(runner, 8)
     sizes = []
     for width in (64, 64, 64, 128):
         runner.batches.clear()
@@ -256,7 +242,7 @@ def test_what_did_not_fit_is_remembered_for_its_size():
 
 def test_an_image_that_does_not_fit_alone_is_tried_again():
     runner = out_of_memory_above(0)
-    engine = Engine(None, 4, runner)
+    engine = Engine(runner, 4)
     for _ in range(2):
         (error,) = generate_together(engine, request(width=128, num_images=1))
         assert str(error) == "an image of 128 x 64 did not fit in GPU memory: ask for 64 x 64"
@@ -272,7 +258,7 @@ def test_an_image_that_does_not_fit_alone_is_tried_again():
 def test_only_what_fails_alone_fails():
     runner = fail_with(RuntimeError("anything"), when=lambda requests: "b" in [each.prompt for each in requests])
     first, bad, last = generate_together(
-        Engine(None, 4, runner), *(request(prompt=name, num_images=1 + (name == "a")) for name in "abc")
+        Engine(runner, 4), *(request(prompt=name, num_images=1 + (name == "a")) for name in "abc")
     )
     assert seeds(first) == [3, 4] and seeds(last) == [3]
     assert str(bad) == "anything"
@@ -280,9 +266,7 @@ def test_only_what_fails_alone_fails():
 
 
 def test_an_image_without_a_picture_fails_its_own_request():
-    first, bad, last = generate_together(
-        Engine(None, 4, StandIn()), *(request(prompt=name) for name in ("a", "nan", "c"))
-    )
+    first, bad, last = generate_together(Engine(StandIn(), 4), *(request(prompt=name) for name in ("a", "nan", "c")))
     assert seeds(first) == seeds(last) == [3]
     assert str(bad) == "not finite"
 
@@ -294,7 +278,7 @@ def test_a_failure_in_handling_a_failure_leaves_nobody_waiting():
         raise RuntimeError("again")
 
     runner.release_memory = fail
-    engine = Engine(None, 4, runner)
+    engine = Engine(runner, 4)
     assert [str(error) for error in generate_together(engine, request(), request())] == ["again", "again"]
     (result,) = generate_together(engine, request())
     assert seeds(result) == [3]
@@ -304,7 +288,7 @@ def test_a_failure_in_handling_a_failure_leaves_nobody_waiting():
 def test_a_lost_device_fails_all_that_is_in_flight_with_its_cause(shared: bool):
     cause = RuntimeError("CUDA error: an illegal memory access was encountered")
     runner = fail_with(cause, when=lambda requests: True)
-    engine = Engine(None, 4, runner)
+    engine = Engine(runner, 4)
     requests = [request(num_inference_steps=2), request(num_inference_steps=2 + (not shared)), request(width=72)]
     errors = [*generate_together(engine, *requests), *generate_together(engine, request())]
     for error in errors:
@@ -319,7 +303,7 @@ def test_a_lost_device_fails_all_that_is_in_flight_with_its_cause(shared: bool):
 def test_a_launch_error_that_a_device_survives_fails_its_job_alone():
     error = RuntimeError("CUDA error: too many resources requested for launch")
     runner = fail_with(error, when=lambda requests: requests[0].width == 72)
-    engine = Engine(None, 4, runner)
+    engine = Engine(runner, 4)
     bad, good = generate_together(engine, request(width=72), request())
     assert bad is error
     assert seeds(good) == [3]
@@ -353,7 +337,7 @@ def test_a_device_that_hangs_is_lost_for_what_is_in_flight_and_what_comes_later(
             assert isinstance(error, JobError) and (str(error), error.refresh_worker) == (LOST, True)
             assert str(error.__cause__) == "no denoising step for 0.1 s"
 
-    engine = Engine(None, 4, StandIn(hang), stall_timeout=0.1)
+    engine = Engine(StandIn(hang), 4, stall_timeout=0.1)
     try:
         asyncio.run(fail_all(engine))
     finally:
@@ -364,7 +348,7 @@ def test_a_device_that_hangs_is_lost_for_what_is_in_flight_and_what_comes_later(
 
 
 def test_a_device_that_is_slow_or_idle_is_not_lost():
-    engine = Engine(None, 4, Slow(), stall_timeout=0.3)
+    engine = Engine(Slow(), 4, stall_timeout=0.3)
     engine.warm_up()
     (result,) = generate_together(engine, request(num_inference_steps=6))
     assert seeds(result) == [3]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src.model import loading, repository
+from src.model import repository
 from src.settings import Settings
-from tests.support import hub
+from tests.support import engines, hub
 
 pytestmark = pytest.mark.process
 
@@ -45,9 +45,9 @@ def test_a_model_is_baked_in_float16_and_remembers_its_origin(v1_4_repository: P
     assert all(path.stat().st_mode & 0o004 for path in output.rglob("*")), "the image's user cannot read it"
     tensors = load_file(output / "unet" / "diffusion_pytorch_model.safetensors").values()
     assert {tensor.dtype for tensor in tensors} == {torch.float16}
-    found = repository.find(str(output), Settings())
+    found = repository.find(Settings(model_id=str(output)))
     assert (found.name, found.revision) == (REPO, hub.REVISION)
-    assert loading.load(Settings(model_id=str(output))).pipe.safety_checker is not None
+    assert engines.pipe_of(engines.build(output)).safety_checker is not None
 
 
 def test_a_gated_model_is_fetched_with_a_token_that_is_kept_nowhere(v1_4_repository: Path, tmp_path: Path):

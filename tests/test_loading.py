@@ -3,21 +3,23 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+import handler
 from src.errors import StartError
 from src.generation.attention import FusedSlicedAttnProcessor
-from src.model import loading, repository
+from src.model import cuda_driver, repository
 from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION, Settings
 from tests.support import hub
+from tests.support.engines import build, pipe_of
+from tests.support.processes import python
 
 REPO = "someone/tiny"
 
@@ -27,30 +29,33 @@ def copy(v1_4_repository: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(v1_4_repository, tmp_path / "copy"))
 
 
-def sliced(model: loading.Model) -> bool:
-    return all(
-        isinstance(processor, FusedSlicedAttnProcessor) for processor in model.pipe.unet.attn_processors.values()
-    )
+def sliced(pipe: StableDiffusionPipeline) -> bool:
+    return all(isinstance(processor, FusedSlicedAttnProcessor) for processor in pipe.unet.attn_processors.values())
+
+
+def load(**settings: Any) -> StableDiffusionPipeline:
+    return pipe_of(build(**settings))
 
 
 def test_an_old_repository_loads_in_float32_with_attention_slicing_on_a_cpu(v1_4_repository: Path):
-    model = loading.load(Settings(model_id=str(v1_4_repository)))
-    parts = [model.pipe.unet, model.pipe.vae, model.pipe.text_encoder, model.pipe.safety_checker]
+    engine = build(v1_4_repository)
+    pipe = pipe_of(engine)
+    parts = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.safety_checker]
     assert {part.dtype for part in parts} == {torch.float32}
     assert {part.device.type for part in parts} == {"cpu"}
-    assert sliced(model)
-    assert model.native_size == 64
-    assert model.name == v1_4_repository.name
+    assert sliced(pipe)
+    assert engine.limits.native_size == 64
+    assert engine.model_name == v1_4_repository.name
 
 
 def test_attention_slicing_can_be_turned_off(v1_4_repository: Path):
-    assert not sliced(loading.load(Settings(model_id=str(v1_4_repository), attention_slicing="off")))
-    assert sliced(loading.load(Settings(model_id=str(v1_4_repository), attention_slicing="max")))
+    assert not sliced(load(model_id=v1_4_repository, attention_slicing="off"))
+    assert sliced(load(model_id=v1_4_repository, attention_slicing="max"))
 
 
 def test_the_safety_checker_can_be_turned_off(copy: Path):
     shutil.rmtree(copy / "safety_checker")
-    assert loading.load(Settings(model_id=str(copy), safety_checker=False)).pipe.safety_checker is None
+    assert load(model_id=copy, safety_checker=False).safety_checker is None
 
 
 def test_float16_and_the_device_are_asked_for_where_there_is_a_gpu(
@@ -64,11 +69,11 @@ def test_float16_and_the_device_are_asked_for_where_there_is_a_gpu(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", on_cpu_after_all)
-    model = loading.load(Settings(model_id=str(v1_4_repository)))
+    pipe = load(model_id=v1_4_repository)
     assert [(call["dtype"], call["device_map"], call["use_safetensors"]) for call in asked] == [
         (torch.float16, "cuda", True)
     ]
-    assert model.pipe.unet.dtype == torch.float16
+    assert pipe.unet.dtype == torch.float16
 
 
 def test_the_default_model_is_v1_4_at_a_pinned_commit_on_a_gpu_and_the_embedded_one_elsewhere(
@@ -81,10 +86,11 @@ def test_the_default_model_is_v1_4_at_a_pinned_commit_on_a_gpu_and_the_embedded_
         raise repository.LocalEntryNotFoundError("not here")
 
     monkeypatch.setattr(repository, "snapshot_download", nowhere)
-    assert loading.load(Settings()).name == "demo"
+    assert build(None).model_name == "demo"
+    monkeypatch.setattr(cuda_driver, "shows_device", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(StartError):
-        loading.load(Settings())
+        build(None)
     assert set(asked) == {(DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION)}
 
 
@@ -92,8 +98,8 @@ def test_on_runpod_without_a_gpu_only_the_embedded_model_starts_and_only_by_name
     monkeypatch.setenv("RUNPOD_WEBHOOK_GET_JOB", "http://localhost/job-take/$ID")
     for settings in (Settings(), Settings(model_id=DEFAULT_MODEL_ID)):
         with pytest.raises(StartError, match=r"^no CUDA device: .*MODEL_ID=demo$"):
-            loading.load(settings)
-    assert loading.load(Settings(model_id="demo")).name == "demo"
+            handler.build_engine(settings)
+    assert build("demo").model_name == "demo"
 
 
 def remove(path: str) -> Callable[[Path], None]:
@@ -132,7 +138,7 @@ def another_kind(folder: Path) -> None:
 def test_a_damaged_directory_is_refused_in_one_line(copy: Path, damage: Callable[[Path], None], said: str):
     damage(copy)
     with pytest.raises(StartError) as refused:
-        loading.load(Settings(model_id=str(copy)))
+        load(model_id=copy)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -148,7 +154,7 @@ def test_a_damaged_directory_is_refused_in_one_line(copy: Path, damage: Callable
 )
 def test_a_model_that_cannot_be(model_id: str, said: str):
     with pytest.raises(StartError, match=said):
-        repository.find(model_id, Settings())
+        repository.find(Settings(model_id=model_id))
 
 
 def find(environment: dict[str, str], *, runpod_cache: Path | None = None) -> str:
@@ -157,11 +163,10 @@ def find(environment: dict[str, str], *, runpod_cache: Path | None = None) -> st
         "from pathlib import Path; from src.errors import StartError\n"
         "from src.model import repository; from src.settings import Settings\n"
         f"repository.RUNPOD_CACHE = Path({str(runpod_cache or '/nowhere')!r})\n"
-        f"try: print(repository.find({REPO!r}, Settings.from_environment()).where)\n"
+        f"try: print(repository.find(Settings.from_environment()).where)\n"
         "except StartError as error: print('refused:', error)"
     )
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=os.environ | environment, text=True, capture_output=True, check=True).stdout
+    return python(code, MODEL_ID=REPO, **environment)
 
 
 @pytest.mark.process
@@ -194,7 +199,7 @@ def test_the_pinned_commit_of_a_model_that_runpod_cached_is_preferred_and_anothe
     monkeypatch.setattr(repository, "RUNPOD_CACHE", tmp_path)
 
     def found(revision: str | None = None) -> str | None:
-        found = repository.find_local(DEFAULT_MODEL_ID, Settings(model_revision=revision))
+        found = repository.find_local(Settings(model_id=DEFAULT_MODEL_ID, model_revision=revision))
         return found and f"{found}, {found.where}"
 
     other = f"{DEFAULT_MODEL_ID} at {hub.REVISION[:12]}, RunPod's cached models"
@@ -216,7 +221,7 @@ def test_of_a_model_that_runpod_cached_the_newest_usable_commit_is_taken(
         cached(v1_4_repository, tmp_path, REPO, commit)
         os.utime(tmp_path / "models--someone--tiny" / "snapshots" / commit, (changed, changed))
     (tmp_path / "models--someone--tiny" / "snapshots" / "damaged" / "model_index.json").unlink()
-    found = repository.find(REPO, Settings())
+    found = repository.find(Settings(model_id=REPO))
     assert (found.name, found.revision, found.where) == (REPO, "new", "RunPod's cached models")
 
 
@@ -227,10 +232,10 @@ def test_what_is_wrong_with_a_cached_model_is_reported_where_none_may_be_downloa
     cached(v1_4_repository, tmp_path, DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION)
     (weight,) = tmp_path.glob("*/snapshots/*/vae/*.safetensors")
     weight.unlink()
-    assert repository.find_local(DEFAULT_MODEL_ID, Settings()) is None
+    assert repository.find_local(Settings(model_id=DEFAULT_MODEL_ID)) is None
     monkeypatch.setattr(repository.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(StartError, match=f"^cannot use {weight}: it is missing"):
-        repository.find_local(DEFAULT_MODEL_ID, Settings())
+        repository.find_local(Settings(model_id=DEFAULT_MODEL_ID))
 
 
 @pytest.mark.process

@@ -6,7 +6,7 @@ import pytest
 import runpod
 
 from src.errors import StartError
-from src.settings import Settings, misspelt
+from src.settings import Settings, typo_hints
 
 
 def refusal(**environment: str) -> str:
@@ -121,7 +121,7 @@ def test_the_embedded_models_name_has_no_case():
 )
 def test_a_variable_that_is_nearly_a_setting_is_reported(variable: str, meant: str):
     hint = f"{variable} is not a setting: did you mean {meant}?"
-    assert misspelt({variable: "1", "PATH": "/bin"}) == [hint]
+    assert typo_hints({variable: "1", "PATH": "/bin"}) == [hint]
     assert refusal(**{variable: "1", "ATTENTION_SLICING": "x"}).endswith(f"; {hint}")
 
 
@@ -132,7 +132,7 @@ def test_what_others_read_is_not_taken_for_a_slip():
         for path in Path(library.__file__).parent.rglob("*.py"):
             asked |= set(re.findall(r"(?:environ(?:\.get)?|getenv)[\[(]\s*\"(\w+)\"", path.read_text(encoding="utf-8")))
     assert {"RUNPOD_POD_ID", "HF_HOME", "HF_TOKEN", "BUCKET_ENDPOINT_URL"} <= asked
-    assert misspelt(dict.fromkeys(asked, "1")) == []
+    assert typo_hints(dict.fromkeys(asked, "1")) == []
 
 
 def test_all_bad_values_are_reported_together_and_the_token_never():

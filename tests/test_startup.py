@@ -18,14 +18,7 @@ from src.model import repository
 from src.serving.command_line import parse_arguments
 from src.settings import Settings
 from src.startup import prefetch
-from tests.test_end_to_end import run_handler
-
-ROOT = Path(__file__).parents[1]
-
-
-def python(code: str) -> str:
-    """What ``code`` prints in a process of its own, where nothing is imported yet."""
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+from tests.support.processes import ROOT, python, run_handler
 
 
 @pytest.mark.process
@@ -35,7 +28,7 @@ def test_a_start_can_be_tried_without_a_job_and_says_what_it_took(v1_4_repositor
     assert re.fullmatch(
         r"INFO   \| imports: \d+\.\d s\n"
         rf"INFO   \| model: {v1_4_repository.name}, directory {v1_4_repository}, \d+\.\d s\n"
-        r"INFO   \| weights: on the CPU in float32, attention slicing auto, CUDA graphs off, safety checker on, "
+        r"INFO   \| weights: on the CPU in float32, safety checker on, attention slicing auto, CUDA graphs off, "
         r"\d+\.\d s\n"
         r"INFO   \| warm-up: \d+\.\d s\n"
         r"INFO   \| ready: no GPU, \d+\.\d s in all\n",
@@ -94,23 +87,20 @@ def test_nothing_heavy_is_imported_before_the_disk_is_at_work():
 
 
 @pytest.mark.process
-def test_garbage_is_not_collected_before_the_start_is_over():
+def test_imports_are_exempt_from_garbage_collection():
     code = (
-        "import gc, sys\n"
-        "from src.startup import prefetch\n"
-        "from src.settings import Settings\n"
-        "prefetch.begin(Settings(model_id='demo'))\n"
-        "assert not gc.isenabled()\n"
-        "prefetch.finish()\n"
-        "assert gc.isenabled() and gc.get_freeze_count()\n"
-        "print('torch' in sys.modules)\n"
+        "import gc\n"
+        "from src.startup.import_libraries import import_libraries\n"
+        "enabled = []\n"
+        "import_libraries(lambda library: enabled.append(gc.isenabled()))\n"
+        "print(*enabled, gc.isenabled(), gc.get_freeze_count() > 100_000)\n"
     )
-    assert python(code) == "False\n"
+    assert python(code) == "False False False True True\n"
 
 
-def test_a_model_that_cannot_be_is_refused_before_the_imports(tmp_path: Path):
+def test_unusable_model_is_refused_before_the_imports(tmp_path: Path):
     with pytest.raises(StartError, match="it has no model_index"):
-        prefetch.begin(Settings(model_id=str(tmp_path)))
+        repository.find_local(Settings(model_id=str(tmp_path)))
 
 
 @pytest.mark.process
@@ -157,11 +147,10 @@ def test_what_a_start_opens_is_recorded(tmp_path: Path):
 @pytest.mark.process
 def test_boto3_is_imported_at_start_and_for_a_bucket_only():
     def imported(**settings: str) -> str:
-        settings = {"MODEL_ID": "demo", **settings}
         return python(
             "import sys, threading; from src import worker\n"
             "from src.startup import prefetch; from src.settings import Settings\n"
-            f"prefetch.begin(Settings.from_environment({settings}))\n"
+            f"prefetch.begin(Settings.from_environment({settings}), None)\n"
             "for thread in threading.enumerate()[1:]: thread.join()\n"
             "print('boto3' in sys.modules)"
         )
@@ -169,25 +158,6 @@ def test_boto3_is_imported_at_start_and_for_a_bucket_only():
     bucket = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY", "BUCKET_NAME")
     assert imported() == "False\n"
     assert imported(**dict.fromkeys(bucket, "https://storage.example.com")) == "True\n"
-
-
-@pytest.mark.process
-def test_the_read_ahead_follows_the_order_in_which_the_image_loads(v1_4_repository: Path):
-    code = (
-        "import diffusers.pipelines.pipeline_utils as utils\n"
-        "real = utils.load_sub_model\n"
-        "def load(*args, name, **kwargs):\n"
-        "    print(name)\n"
-        "    return real(*args, name=name, **kwargs)\n"
-        "utils.load_sub_model = load\n"
-        f"utils.DiffusionPipeline.from_pretrained({str(v1_4_repository)!r})\n"
-    )
-    command = [sys.executable, "-c", code]
-    environment = os.environ | {"PYTHONHASHSEED": "0"}
-    loaded = subprocess.run(command, env=environment, text=True, capture_output=True, check=True).stdout.split()
-    files = repository.weight_files(v1_4_repository, Settings())
-    assert [name for name in loaded if name in repository.WEIGHT_FILES] == [file.parent.name for file in files]
-    assert "PYTHONHASHSEED=0" in (ROOT / "Dockerfile").read_text()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -200,5 +170,5 @@ def test_kernels_are_loaded_onto_a_cuda_device_only(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(prefetch, "_compute_something_small", computed.append)
     for available, expected in ((False, []), (True, ["cuda"])):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
-        prefetch._load_kernels()
+        prefetch.load_kernels()
         assert computed == expected

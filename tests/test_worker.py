@@ -10,9 +10,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from src.generation.engine import Engine
-from src.model import loading
 from src.settings import Settings
 from src.worker import KEPT_ANSWERS, Worker
+from tests.support import engines
 
 
 def run(engine: Engine, job: dict[str, Any], settings: Settings | None = None) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def test_two_jobs_load_the_pipeline_once(v1_4_repository: Path, monkeypatch: pyt
         return real(*args, **kwargs)
 
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", counted)
-    engine = Engine(loading.load(Settings(model_id=str(v1_4_repository))), max_batch_images=4)
+    engine = engines.build(v1_4_repository)
     engine.warm_up()
     assert "image" in run(engine, job()) and "image" in run(engine, job())
     assert len(loads) == 1
@@ -75,7 +75,7 @@ def test_an_unexpected_error_is_described_in_the_log_alone(
         raise RuntimeError("at /root/secret/path on host worker-7")
 
     with monkeypatch.context() as patch:
-        patch.setattr(v1_4_engine._runner._pipe.vae, "decode", fail)
+        patch.setattr(engines.pipe_of(v1_4_engine).vae, "decode", fail)
         assert run(v1_4_engine, job()) == {"error": "internal error, see the worker's log for job job-1"}
     log = capsys.readouterr().out
     assert "job-1 | Traceback" in log
@@ -87,7 +87,7 @@ def test_a_device_fault_reaches_the_platform_as_refresh_worker(v1_4_engine: Engi
     def fail(*_: object, **__: object) -> None:
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
-    monkeypatch.setattr(v1_4_engine._runner._pipe.unet, "forward", fail)
+    monkeypatch.setattr(engines.pipe_of(v1_4_engine).unet, "forward", fail)
     assert run(v1_4_engine, job()) == {
         "error": "the GPU failed and this worker is being replaced: send the job again",
         "refresh_worker": True,

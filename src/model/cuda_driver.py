@@ -4,6 +4,7 @@ import ctypes
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 KERNEL_MODULE = Path("/proc/driver/nvidia/version")
@@ -18,19 +19,30 @@ class Driver:
     """The kernel module's, such as ``550.54.14``; None where there is none."""
     cuda: str | None
     """The newest CUDA that it runs, such as ``12.4``; None where its library is not in the container."""
+    devices: int = 0
+    """How many devices it shows to this process."""
 
 
 def find() -> Driver:
     """Asks this machine for its driver."""
     version = cuda = None
+    devices = ctypes.c_int()
     with suppress(OSError):
         version = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", KERNEL_MODULE.read_text())
     with suppress(OSError):
-        number = ctypes.c_int()
-        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)) == 0:
+        library, number = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+        if library.cuDriverGetVersion(ctypes.byref(number)) == 0:
             # 12040 is 12.4
             cuda = f"{number.value // 1000}.{number.value % 1000 // 10}"
-    return Driver(version and version[0], cuda)
+        # after an error the count stays 0
+        if library.cuInit(0) == 0:
+            library.cuDeviceGetCount(ctypes.byref(devices))
+    return Driver(version and version[0], cuda, devices.value)
+
+
+def shows_device() -> bool:
+    """Whether PyTorch should find a CUDA device, asked without importing it."""
+    return find().devices > 0 and not metadata.version("torch").endswith("+cpu")
 
 
 def why_no_device(driver: Driver, built_for: str | None) -> str:
@@ -62,5 +74,5 @@ def why_no_device(driver: Driver, built_for: str | None) -> str:
 
 
 def _major(cuda: str) -> int:
-    """A driver runs all minor versions of its CUDA, by NVIDIA's minor-version compatibility, and all older CUDAs."""
+    """A driver supports every minor release of its CUDA major version, and all older majors."""
     return int(cuda.split(".")[0])

@@ -19,7 +19,8 @@ from huggingface_hub.errors import (
 )
 
 from src.errors import StartError
-from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION, DEMO_MODEL_ID, Settings
+from src.model import cuda_driver
+from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION, DEMO_MODEL_ID, Settings, on_runpod
 
 DEMO_MODEL = Path(__file__).parent / "demo"
 RUNPOD_CACHE = Path("/runpod-volume/huggingface-cache/hub")
@@ -36,12 +37,12 @@ NEEDED_FILES = [
 """What a download takes of a repository: no pickled twin, no single-file checkpoint, no other precision."""
 
 WEIGHT_FILES = {
-    "safety_checker": "model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
     "unet": "diffusion_pytorch_model.safetensors",
+    "safety_checker": "model.safetensors",
+    "text_encoder": "model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
 }
-"""In the order in which diffusers loads them when ``PYTHONHASHSEED`` is 0, as in the image: it goes through a set."""
+"""By component, the largest of v1-4's first."""
 
 
 @dataclass(frozen=True)
@@ -60,29 +61,38 @@ class Repository:
         return self.name + (f" at {self.revision[:12]}" if self.revision else "")
 
 
-def find(model_id: str, settings: Settings) -> Repository:
-    """Finds a model on this machine, or downloads it.
+def choose_model(settings: Settings) -> str:
+    """The model to run: MODEL_ID, by default v1-4 on RunPod and where there is a CUDA device, otherwise ``demo``."""
+    if settings.model_id:
+        return settings.model_id
+    return DEFAULT_MODEL_ID if on_runpod() or cuda_driver.shows_device() else DEMO_MODEL_ID
+
+
+def find(settings: Settings) -> Repository:
+    """Finds the model on this machine, or downloads it.
 
     Raises:
         StartError: if it is nowhere, or what is there cannot be used.
     """
-    if found := find_local(model_id, settings):
+    if found := find_local(settings):
         return found
+    model_id = choose_model(settings)
     path = _download(_snapshot_arguments(model_id, settings), settings)
     check(path, settings)
     return Repository(path, "downloaded", model_id, path.name)
 
 
-def find_local(model_id: str, settings: Settings) -> Repository | None:
-    """Finds a model without a network.
+def find_local(settings: Settings) -> Repository | None:
+    """Finds the model without a network.
 
     A directory is taken as it is. A hub id is looked for among RunPod's cached models, then in the Hugging Face cache;
     without ``MODEL_REVISION``, the newest usable commit that RunPod cached is the last resort.
 
     Raises:
-        StartError: if ``model_id`` is a directory that cannot be used, or cannot be a hub id; or if what a cache holds
-            of it cannot be used, and nothing may be downloaded.
+        StartError: if MODEL_ID is a directory that cannot be used, or cannot be a hub id; or if what a cache holds of
+            it cannot be used, and nothing may be downloaded.
     """
+    model_id = choose_model(settings)
     if model_id == DEMO_MODEL_ID:
         return Repository(DEMO_MODEL, "embedded", DEMO_MODEL_ID, None)
     local = Path(model_id).expanduser()
@@ -169,7 +179,7 @@ def _download(wanted: dict[str, Any], settings: Settings) -> Path:
 
 
 def weight_files(path: Path, settings: Settings) -> list[Path]:
-    """The weight files that the worker loads from a model's directory, in the order of ``WEIGHT_FILES``."""
+    """The weight files that the worker loads from a model's directory."""
     skipped = () if settings.safety_checker else ("safety_checker",)
     return [path / component / file for component, file in WEIGHT_FILES.items() if component not in skipped]
 

@@ -1,7 +1,6 @@
-"""What a cold start will wait for, begun at once and in the background, while the imports keep one core busy."""
+"""Starts in the background what a cold start will wait for, while the imports keep one core busy."""
 
 import ctypes
-import gc
 import importlib
 import subprocess
 import threading
@@ -11,49 +10,49 @@ from pathlib import Path
 from typing import Any
 
 from src.model import repository
-from src.settings import DEFAULT_MODEL_ID, Settings, on_runpod
+from src.model.repository import Repository
+from src.settings import Settings
 
 START_FILES = Path(__file__).parents[1] / "start_files.txt"
-"""Which files of Python and its packages a start opens, a path a line: in the image, by ``builder/record_start.py``."""
+"""Which files of Python and its packages a start opens, one path per line; ``builder/record_start.py`` writes it into
+the image."""
 
 
-def begin(settings: Settings) -> None:
+def begin(settings: Settings, found: Repository | None) -> None:
     """Starts what needs no import of PyTorch: reading the packages and the weights, making the CUDA context.
 
-    Until ``finish`` nothing collects garbage: of the hundreds of thousands of objects that imports make, all stay.
-
-    Raises:
-        StartError: if the model is a directory that cannot be used.
+    Args:
+        settings: the worker's settings.
+        found: the model, if it is on this machine.
     """
-    # elsewhere the default model is known only when PyTorch has looked for a device
-    model_id = settings.model_id or (DEFAULT_MODEL_ID if on_runpod() else None)
-    found = repository.find_local(model_id, settings) if model_id else None
-    gc.disable()
-    _in_background(_read_ahead, repository.weight_files(found.path, settings) if found else [])
-    _in_background(_make_cuda_context)
+    in_background(_read_ahead, repository.weight_files(found.path, settings) if found else [])
+    in_background(_make_cuda_context)
     if settings.bucket_name:
-        _in_background(importlib.import_module, "boto3")
+        in_background(importlib.import_module, "boto3")
+
+
+def in_background(work: Callable[..., Any], *arguments: Any) -> threading.Thread:
+    thread = threading.Thread(target=work, args=arguments, daemon=True)
+    thread.start()
+    return thread
 
 
 def load_kernels() -> None:
-    """Starts, once PyTorch is imported, loading its libraries' kernels onto a CUDA device."""
-    _in_background(_load_kernels)
+    """Has cuDNN, cuBLAS and fused attention each compute something small, if there is a CUDA device.
 
+    Nothing depends on it: what fails here fails again in the warm-up, which reports it.
+    """
+    import torch
 
-def finish() -> None:
-    """Turns the garbage collector on again; what is there by now stays, and is never looked through again."""
-    gc.freeze()
-    gc.enable()
-
-
-def _in_background(work: Callable[..., Any], *arguments: Any) -> None:
-    threading.Thread(target=work, args=arguments, daemon=True).start()
+    if torch.cuda.is_available():
+        with suppress(RuntimeError):
+            _compute_something_small("cuda")
 
 
 def _read_ahead(files: Iterable[Path]) -> None:
     """Reads ``START_FILES``, then ``files``, so that they are in the page cache when they are needed.
 
-    Nothing depends on it, and posix_fadvise, which would do without a buffer, reads only as far as the kernel likes.
+    Nothing depends on it. posix_fadvise, which would need no buffer, reads only as far as the kernel likes.
     """
     if START_FILES.exists():
         # thousands of small files: several at a time, and by processes that do not wait for the GIL
@@ -80,18 +79,6 @@ def _make_cuda_context() -> None:
         # each returns CUDA_SUCCESS, which is 0, or an error that PyTorch will meet again and report
         if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0:
             cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
-
-
-def _load_kernels() -> None:
-    """Has cuDNN, cuBLAS and fused attention each compute something small on the CUDA device, if there is one.
-
-    Nothing depends on it: what fails here fails again in the warm-up, which reports it.
-    """
-    import torch
-
-    if torch.cuda.is_available():
-        with suppress(RuntimeError):
-            _compute_something_small("cuda")
 
 
 def _compute_something_small(device: str) -> None:

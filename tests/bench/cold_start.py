@@ -41,41 +41,29 @@ def baseline(model: str, done: Callable[[str], None]) -> None:
 
 
 def worker(model: str, done: Callable[[str], None]) -> None:
-    """What ``handler.build_worker`` does, import by import."""
+    """What ``handler.build_worker`` does, in float16 on a CPU too."""
     import handler
+    from src.model import repository
     from src.settings import Settings
-    from src.startup import import_libraries, prefetch
+    from src.startup import prefetch
+    from src.startup.import_libraries import import_libraries
 
-    os.environ.update(handler.ENVIRONMENT)
     settings = Settings(model_id=model)
     prefetch.START_FILES = START_FILES
-    prefetch.begin(settings)
+    found = repository.find_local(settings)
+    prefetch.begin(settings, found)
     done("settings, model found")
+    import_libraries(done)
     import torch
 
-    import_libraries.defer()
-    prefetch.load_kernels()
-    done("import torch")
-    import diffusers
-    import transformers
-
-    # both import their parts when they are asked for
-    assert diffusers.StableDiffusionPipeline
-    assert transformers.CLIPTextModel
-    done("import diffusers, transformers")
-    import runpod  # noqa: F401
-
-    done("import runpod")
-    from src.generation.engine import Engine
-    from src.model import loading
     from src.worker import Worker  # noqa: F401
 
     done("the worker's own imports")
-    loaded = loading.load(settings, torch.float16)
-    touch(loaded.pipe)
+    engine = handler.build_engine(settings, torch.float16, found=found)
+    touch(engine._runner._pipe)
     done("weights")
     if torch.cuda.is_available():
-        Engine(loaded, settings.max_batch_images).warm_up()
+        engine.warm_up()
         done("warm-up")
 
 
@@ -95,9 +83,7 @@ def start(way: str, model: Path) -> Parts:
     """Starts a process that prints by when, on the system's monotonic clock, each part of its start was done."""
     begun = time.monotonic()
     command = [sys.executable, "-m", "tests.bench.cold_start", "--way", way, "--model", model]
-    # as the image has it, so that the weights are read ahead in the order in which they are loaded
-    environment = os.environ | {"PYTHONHASHSEED": "0"}
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if ran.returncode:
         sys.exit(ran.stderr)
     done = json.loads(ran.stdout.splitlines()[-1])

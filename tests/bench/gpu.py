@@ -20,12 +20,14 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionPipeline
+from runpod import RunPodLogger
 from torch.utils.flop_counter import FlopCounterMode
 
+import handler
 from src.api.request import ImageRequest
-from src.generation.engine import Engine
 from src.model import loading
 from src.settings import Settings
+from src.startup.import_libraries import import_libraries
 from tests.bench import cold_start
 from tests.support.v1_4 import make_repository
 
@@ -126,7 +128,7 @@ def worker(models: Path, steps: int, runs: int, **settings: Any) -> tuple[list[M
     """What its calls take, and the median of what the device waits between two of them that are queued."""
     empty_device()
     given = Settings(model_id=str(models / "baked"), max_batch_images=max(CALLS), **settings)
-    engine = Engine(loading.load(given), given.max_batch_images)
+    engine = handler.build_engine(given)
 
     def request(**job_input: Any) -> ImageRequest:
         return ImageRequest.parse({"prompt": PROMPT, "num_inference_steps": steps} | job_input, engine.limits)
@@ -178,8 +180,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not CUDA and not arguments.small:
         parser.error("there is no CUDA device: on a CPU only --small makes sense")
-    loading.log.set_level("WARN")
-    loading.quieten_libraries()
+    import_libraries()
+    RunPodLogger().set_level("WARN")
     if CUDA and arguments.memory:
         share = arguments.memory * 2**30 / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0))

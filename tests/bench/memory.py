@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from src.generation.attention import enable_attention_slicing
-from src.model import loading
 from tests.support.v1_4 import FULL
 
 SIZES = ((1, 512), (4, 512), (1, 1024), (4, 1024))
@@ -84,7 +83,6 @@ def step(enable: Callable[[StableDiffusionPipeline], None], images: int, size: i
 
 
 def main() -> None:
-    loading.quieten_libraries()
     print("| images x size | " + " | ".join(WAYS) + " |")
     print("|---" * (len(WAYS) + 1) + "|")
     for images, size in SIZES:

@@ -13,14 +13,15 @@ from collections.abc import Sequence
 import runpod
 from PIL import Image
 
-from handler import ENVIRONMENT
 from src.api.output import job_output
 from src.api.picture import Picture
 from src.api.request import ImageRequest, ModelLimits
 from src.errors import JobError
-from src.generation.engine import Engine, Progress
+from src.generation.engine import Engine
+from src.generation.pending import Progress
 from src.serving.worker_loop import start
 from src.settings import Settings
+from src.startup.import_libraries import ENVIRONMENT
 from src.worker import Worker
 from tests.support.client import Client, until
 from tests.support.platform_stub import FINAL, serving
@@ -41,9 +42,6 @@ class FixedRunner:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
-    def prepare_thread(self) -> None:
-        pass
-
     def run(self, requests: Sequence[ImageRequest], seeds: Sequence[int], _: object) -> list[Picture | JobError]:
         time.sleep(self.seconds)
         return [
@@ -61,7 +59,7 @@ class FixedRunner:
 def serve(kind: str, seconds: float) -> None:
     """Runs the worker process."""
     settings = Settings.from_environment()
-    engine = Engine(None, settings.max_batch_images, FixedRunner(seconds))
+    engine = Engine(FixedRunner(seconds), settings.max_batch_images)
 
     def plain(job: dict) -> dict:
         request = ImageRequest.parse(job["input"], engine.limits)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 import handler
-from src.startup import import_libraries
+from src.startup.import_libraries import import_libraries
 
-import_libraries.defer()
+import_libraries()
 
 from diffusers import StableDiffusionPipeline
 

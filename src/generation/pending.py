@@ -1,0 +1,81 @@
+"""A request on its way through the engine, and what comes of it."""
+
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from src.api.picture import Picture
+from src.api.request import ImageRequest
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """A request's pictures, in the order of its seeds, and warnings for the client."""
+
+    pictures: list[Picture]
+    warnings: list[str]
+
+
+@dataclass
+class Progress:
+    """How much of a request's denoising is done: ``share`` grows from 0 to 1."""
+
+    share: float = 0.0
+
+
+@dataclass(eq=False)
+class PendingRequest:
+    """A request whose pictures are not all there yet. Cancelling ``result`` cancels it."""
+
+    request: ImageRequest
+    progress: Progress
+    result: Future[GenerationResult] = field(default_factory=Future)
+    pictures: dict[int, Picture] = field(default_factory=dict)
+    """By seed."""
+
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def report(self, done: float) -> None:
+        """Updates the progress: ``done`` images' worth of the batch that runs is denoised."""
+        share = (len(self.pictures) + done) / self.request.num_images
+        # a batch that is run again must not set progress back
+        self.progress.share = max(self.progress.share, share)
+
+    def add(self, picture: Picture) -> bool:
+        """Takes a finished picture; returns whether it was the last one."""
+        self.pictures[picture.seed] = picture
+        return len(self.pictures) == self.request.num_images
+
+    def succeed(self, warnings: list[str]) -> None:
+        pictures = [self.pictures[seed] for seed in self.request.seeds]
+        with self._lock:
+            if self._is_wanted():
+                self.result.set_result(GenerationResult(pictures, warnings + _safety_warnings(pictures)))
+
+    def fail(self, error: Exception) -> None:
+        with self._lock:
+            if self._is_wanted():
+                self.result.set_exception(error)
+
+    def _is_wanted(self) -> bool:
+        return not self.result.done() and self.result.set_running_or_notify_cancel()
+
+
+@dataclass(frozen=True, eq=False)
+class PendingImage:
+    """One image of a request: what batches are made of."""
+
+    pending: PendingRequest
+    seed: int
+
+    @property
+    def request(self) -> ImageRequest:
+        return self.pending.request
+
+
+def _safety_warnings(pictures: list[Picture]) -> list[str]:
+    return [
+        f"image {i} of {len(pictures)} (seed {picture.seed}) was blanked by the safety checker"
+        for i, picture in enumerate(pictures, start=1)
+        if picture.nsfw
+    ]
