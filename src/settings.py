@@ -2,13 +2,24 @@
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from annotated_types import Ge, Le
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from src.errors import StartError
+from src.errors import StartError, shortened
 
 DEFAULT_MODEL_ID = "CompVis/stable-diffusion-v1-4"
 DEFAULT_MODEL_REVISION = "133a221b8aa7292a167afc5127cb63fb5005638b"
@@ -17,60 +28,98 @@ DEMO_MODEL_ID = "demo"
 """The embedded model."""
 
 
-class Settings(BaseModel):
-    """The worker's settings. Each field is read from the environment variable of its name in capitals.
+def _digits(value: object) -> object:
+    if isinstance(value, str) and not re.fullmatch(r"[+-]?[0-9]+", value):
+        # Python, and so pydantic, would take 1_0 and digits of any script
+        raise PydanticCustomError("int_parsing", "not an integer")
+    return value
 
-    A number's upper bound is there to catch a slipped digit, unless it has a source.
-    """
+
+Integer = Annotated[int, BeforeValidator(_digits)]
+"""Its upper bound is there to catch a slipped digit, unless it has a source."""
+
+
+class Settings(BaseModel):
+    """The worker's settings. Each field is read from the environment variable of its name in capitals."""
+
+    # The documentation's table and the settings in RunPod's Hub are made from these lines.
 
     model_config = ConfigDict(frozen=True, str_strip_whitespace=True)
 
     model_id: str | None = Field(
         None,
+        title="Model",
         description="Hub id, local directory, or `demo` for the embedded model. "
         f"Default: `{DEFAULT_MODEL_ID}` on a CUDA device, `demo` otherwise",
+        json_schema_extra={
+            "description": "Hub id or local directory of another Stable Diffusion 1.x model; /model is the image's own",
+            "default": "/model",
+        },
     )
     model_revision: str | None = Field(
-        None, description="Hub revision. Default: a pinned commit for the default model, `main` for others"
+        None,
+        title="Model revision",
+        description="Hub revision. Default: a pinned commit for the default model, `main` for others",
     )
-    hf_token: SecretStr | None = Field(None, description="Hugging Face token, for gated or private models")
+    hf_token: SecretStr | None = Field(
+        None, title="Hugging Face token", description="Hugging Face token, for gated or private models"
+    )
     attention_slicing: Literal["auto", "max", "off"] = Field(
-        "auto", description="`auto`, `max` or `off`: attention by half of the heads at a time, by one, or by all"
+        "auto",
+        title="Attention slicing",
+        description="Computes attention for half of the heads at a time, for one, or for all",
+        json_schema_extra={"advanced": False},
     )
     acceleration: Literal["off", "graphs"] = Field(
-        "off", description="`off` or `graphs`: runs the UNet as CUDA graphs, which need more memory"
+        "off", title="Acceleration", description="`graphs` runs the UNet as CUDA graphs, which need more memory"
     )
     safety_checker: bool = Field(
-        True, description="`true` or `false`; with `false` pictures are not checked, and none is blanked"
+        True,
+        title="Safety checker",
+        description="With `false`, pictures are not checked and none is blanked",
+        json_schema_extra={"advanced": False},
     )
-    max_concurrency: int = Field(
+    max_concurrency: Integer = Field(
         2,
         ge=1,
         le=100,
-        description="1 to 100: jobs that the worker holds at once, one batch on the GPU and the rest queued",
+        title="Jobs at once",
+        description="Jobs that the worker holds at once: one batch on the GPU, the rest queued",
+        json_schema_extra={"advanced": False},
     )
-    max_batch_images: int = Field(4, ge=1, le=64, description="1 to 64: images of one batch, of one job or several")
-    stall_timeout: int = Field(
+    max_batch_images: Integer = Field(
+        4, ge=1, le=64, title="Images in one batch", description="Images in one batch, from one job or several"
+    )
+    stall_timeout: Integer = Field(
         300,
         ge=1,
         le=3600,
-        description="1 to 3,600: seconds without a denoising step after which the GPU counts as lost",
+        title="Stall timeout",
+        description="Seconds without a denoising step after which the GPU counts as lost",
     )
-    max_result_bytes: int = Field(
+    max_result_bytes: Integer = Field(
         10_000_000,
         ge=1_000,
         le=20_000_000,  # the platform's limit for /runsync
-        description="1,000 to 20,000,000: largest result in bytes; the default is the platform's limit for `/run`",
+        title="Largest result",
+        description="Largest result in bytes; the default is the platform's limit for `/run`",
     )
     bucket_endpoint_url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = Field(
         None,
+        title="Bucket endpoint URL",
         description="S3-compatible storage for pictures; with it, results hold links. Needs the next three too",
     )
-    bucket_access_key_id: SecretStr | None = Field(None, description="Access key ID of the bucket's storage")
-    bucket_secret_access_key: SecretStr | None = Field(None, description="Secret access key of the bucket's storage")
-    bucket_name: str | None = Field(None, description="The bucket's name")
+    bucket_access_key_id: SecretStr | None = Field(
+        None, title="Bucket access key ID", description="Access key ID for the bucket"
+    )
+    bucket_secret_access_key: SecretStr | None = Field(
+        None, title="Bucket secret access key", description="Secret access key for the bucket"
+    )
+    bucket_name: str | None = Field(None, title="Bucket name", description="The bucket's name")
     bucket_region: str | None = Field(
-        None, description="The region that requests are signed for. Default: the one in the address, else `us-east-1`"
+        None,
+        title="Bucket region",
+        description="The region that requests are signed for. Default: from the address, else `us-east-1`",
     )
 
     @field_validator("model_id")
@@ -102,6 +151,12 @@ class Settings(BaseModel):
             raise StartError("; ".join([*map(_format_error, error.errors()), *typo_hints(environment)])) from None
 
 
+def bounds(name: str) -> tuple[int, int]:
+    """The smallest and the largest value of an integer setting."""
+    limits = {type(each): each for each in Settings.model_fields[name].metadata}
+    return int(limits[Ge].ge), int(limits[Le].le)
+
+
 def typo_hints(environment: Mapping[str, str] = os.environ) -> list[str]:
     """A line for each variable that is set and is no setting, but is named nearly like one."""
     names = [name.upper() for name in Settings.model_fields]
@@ -119,17 +174,17 @@ def _format_error(error: ErrorDetails) -> str:
     name = str(error["loc"][0])
     match error["type"]:
         case "literal_error":
-            said = f"must be {error['ctx']['expected']}".replace("'", "")
+            message = f"must be {error['ctx']['expected']}".replace("'", "")
         case "bool_parsing":
-            said = "must be true or false"
+            message = "must be true or false"
         case "int_parsing" | "int_parsing_size" | "greater_than_equal" | "less_than_equal":
-            least, most = Settings.model_fields[name].metadata
-            said = f"must be an integer from {least.ge} to {most.le}"
+            minimum, maximum = bounds(name)
+            message = f"must be an integer from {minimum} to {maximum}"
         case "string_pattern_mismatch":
-            said = "must begin with http:// or https:// and have no spaces"
+            message = "must begin with http:// or https:// and have no spaces"
         case _:
-            said = error["msg"]
-    return f"{name.upper()}={error['input']}: {said}"
+            message = error["msg"]
+    return f"{name.upper()}={shortened(error['input'])}: {message}"
 
 
 def on_runpod(environment: Mapping[str, str] = os.environ) -> bool:

@@ -342,3 +342,13 @@ def test_a_failed_calls_tensors_are_free_before_the_next_try(
     # the first call, and its halves
     assert alive == [0, 0, 0]
     assert tries > 2
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_scheduler_calls_the_unet_once_a_step(name: str):
+    """Costs, and the progress that /status shows, count on it."""
+    scheduler = getattr(diffusers, SCHEDULERS[name].class_name).from_config(
+        diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1).config
+    )
+    scheduler.set_timesteps(50)
+    assert len(scheduler.timesteps) in (50, 51)

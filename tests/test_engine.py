@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from src.api.picture import Picture
@@ -85,31 +83,6 @@ def test_what_can_share_a_batch_does_oldest_first():
     order = ["b1", "a1", "b2", "a2", "b3", "b4", "b5", "a3"]
     generate_together(Engine(runner, 4), *(request(prompt=name, num_inference_steps=steps[name[0]]) for name in order))
     assert runner.batches == [["b1", "b2", "b3", "b4"], ["a1", "a2", "a3"], ["b5"]]
-
-
-FIELDS = {
-    "prompt": st.sampled_from(["a cat", "a dog"]),
-    "negative_prompt": st.sampled_from(["", "blur"]),
-    "width": st.sampled_from([64, 72]),
-    "height": st.sampled_from([64, 72]),
-    "num_inference_steps": st.integers(1, 2),
-    "guidance_scale": st.sampled_from([0.0, 7.5]),
-    "seed": st.integers(0, 2),
-    "num_images": st.integers(1, 2),
-    "output_format": st.sampled_from(["png", "jpeg"]),
-    "output_quality": st.sampled_from([50, 90]),
-    "scheduler": st.sampled_from(["PNDM", "DDIM"]),
-}
-MAY_DIFFER = {"prompt", "negative_prompt", "seed", "num_images", "output_format", "output_quality"}
-
-
-@given(st.fixed_dictionaries(FIELDS), st.fixed_dictionaries(FIELDS))
-def test_requests_that_differ_in_what_the_pipeline_takes_once_never_share_a_batch(one: dict, other: dict):
-    assert set(FIELDS) == set(ImageRequest.model_fields)
-    runner = StandIn()
-    generate_together(Engine(runner, 4), request(**one), request(**other))
-    share = all(one[name] == other[name] for name in FIELDS if name not in MAY_DIFFER)
-    assert len(runner.batches) == (1 if share else 2)
 
 
 def test_images_count_towards_the_size_of_a_batch():

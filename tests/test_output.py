@@ -10,7 +10,7 @@ import pytest
 from PIL import ExifTags, Image, ImageChops, ImageStat
 from PIL.PngImagePlugin import PngInfo
 
-from builder.schemas import V1_4
+from builder.docs import V1_4
 from src.api.output import job_output
 from src.api.picture import Picture, parameters
 from src.api.request import ImageRequest, OutputFormat

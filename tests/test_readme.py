@@ -3,17 +3,14 @@
 import json
 import re
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from builder.schemas import V1_4, input_schema
+from builder.docs import V1_4
 from src.api.output import job_output
 from src.api.picture import Picture
-from src.api.request import MAX_SEED, ImageRequest, OutputFormat
+from src.api.request import ImageRequest
 from src.model.repository import DEMO_MODEL
-from src.schedulers import SCHEDULERS
-from src.settings import DEFAULT_MODEL_ID, Settings
 from tests.support.platform_stub import Platform
 from tests.support.platform_stub.client_routes import ClientRoutes
 from tests.support.platform_stub.job import Policy
@@ -28,24 +25,6 @@ def table(header: str) -> dict[str, list[str]]:
     (body,) = re.findall(rf"^\| {header} \|.*\n\|[-|]+\n((?:\|.*\n)+)", README, re.M)
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in body.splitlines()]
     return {first.strip("`"): rest for first, *rest in rows}
-
-
-def test_the_request_table():
-    rows, schema = table("field \\| type"), input_schema(V1_4)
-    assert list(rows) == list(ImageRequest.model_fields)
-    request = ImageRequest.parse({"prompt": "x"}, V1_4)
-    for name, (kind, default, bounds) in rows.items():
-        field = schema["properties"][name]
-        assert field["type"] in (kind, [kind, "null"])
-        if default.startswith("`"):
-            assert default.strip("`").replace('""', "") == str(getattr(request, name))
-        if "maximum" in field:
-            assert bounds.split(",")[0] == f"{field['minimum']} to {field['maximum']}"
-    assert rows["seed"][2].endswith(str(MAX_SEED))
-    assert re.match(r"(`\w+`(, )?)+$", rows["output_format"][2])
-    assert re.findall(r"`(\w+)`", rows["output_format"][2]) == list(get_args(OutputFormat))
-    assert re.findall(r"`(\w+)`", rows["scheduler"][2]) == list(SCHEDULERS)
-    assert f"{V1_4.native_size}" in rows["width"][1] and f"64 to {V1_4.max_size}" in rows["width"][2]
 
 
 def test_the_response_table():
@@ -70,20 +49,6 @@ def test_the_example_of_a_job():
     pictures = [Picture(RED, request.seed, None)]
     output = job_output(request, pictures, [], model_name="demo", max_result_bytes=10**7)
     assert answered["output"] | {"image": ""} == output | {"image": ""}
-
-
-def test_the_settings_table():
-    rows = table("variable")
-    assert list(rows) == [name.upper() for name in Settings.model_fields]
-    for name, field in Settings.model_fields.items():
-        default, meaning = rows[name.upper()]
-        if field.default is not None:
-            assert default == f"`{field.default}`".lower()
-        assert meaning.lower() in field.description.lower()
-        if isinstance(field.default, int) and not isinstance(field.default, bool):
-            least, most = field.metadata
-            assert meaning.startswith(f"{least.ge:,} to {most.le:,}: ")
-    assert f"`{DEFAULT_MODEL_ID}`" in rows["MODEL_ID"][0]
 
 
 def test_the_endpoints_routes():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.schemas import V1_4
+from builder.docs import V1_4
 from src.api.request import MAX_SEED, ImageRequest, ModelLimits
 from src.errors import JobError
 
@@ -214,24 +214,3 @@ def test_whatever_is_sent_is_either_taken_whole_or_refused_in_words(job_input: o
         str(error).encode()
     else:
         assert ImageRequest.parse(json.loads(request.model_dump_json()), V1_4) == request
-
-
-@given(
-    st.fixed_dictionaries(
-        {"prompt": st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=50).filter(str.strip)},
-        optional={
-            "width": st.integers(8, 128).map(lambda n: n * 8),
-            "height": st.integers(8, 128).map(lambda n: n * 8),
-            "num_inference_steps": st.integers(1, 150),
-            "guidance_scale": st.floats(0, 30) | st.integers(0, 30),
-            "seed": st.integers(0, MAX_SEED - 3),
-            "num_images": st.integers(1, 4),
-            "output_format": st.sampled_from(["png", "jpeg", "webp"]),
-            "output_quality": st.integers(1, 100),
-        },
-    )
-)
-def test_every_input_within_bounds_is_taken_as_it_is(job_input: dict):
-    request = ImageRequest.parse(json.loads(json.dumps(job_input)), V1_4)
-    for name, value in job_input.items():
-        assert getattr(request, name) == (value.strip() if name == "prompt" else value)

@@ -84,13 +84,19 @@ def test_a_bucket_is_set_up_as_a_whole_or_not_at_all():
         ("MAX_CONCURRENCY", "0", "an integer from 1 to 100"),
         ("MAX_CONCURRENCY", "2.5", "an integer from 1 to 100"),
         ("MAX_BATCH_IMAGES", "1000", "an integer from 1 to 64"),
-        ("MAX_BATCH_IMAGES", "9" * 5000, "an integer from 1 to 64"),
+        ("MAX_BATCH_IMAGES", "1_0", "an integer from 1 to 64"),
+        ("MAX_BATCH_IMAGES", "٣", "an integer from 1 to 64"),
         ("MAX_RESULT_BYTES", "10MB", "an integer from 1000 to 20000000"),
         ("MAX_RESULT_BYTES", "-1", "an integer from 1000 to 20000000"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(name: str, value: str, allowed: str):
     assert refusal(**{name: value}) == f"{name}={value}: must be {allowed}"
+
+
+def test_long_value_is_quoted_in_part():
+    said = refusal(MAX_BATCH_IMAGES="9" * 5000)
+    assert said == f"MAX_BATCH_IMAGES={'9' * 40}...: must be an integer from 1 to 64"
 
 
 @pytest.mark.parametrize("name", [name.upper() for name in Settings.model_fields])

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 from pydantic_core import ErrorDetails
 
+from src.errors import shortened
+
 MAX_REPORTED_ERRORS = 20
-MAX_QUOTED_CHARACTERS = 40
-"""How much of a value an error quotes."""
 OTHER_NAMES = {
     "batch_size": "num_images",
     "n": "num_images",
@@ -53,19 +53,6 @@ def kind_of(value: object) -> str:
             return "a list"
         case _:
             return "an object"
-
-
-def printable(text: str) -> str:
-    """``text`` without lone surrogates, which no encoding can write."""
-    return text.encode("utf-8", "replace").decode()
-
-
-def shortened(value: object) -> str:
-    """``value`` as an error quotes it."""
-    if isinstance(value, int) and value.bit_length() > 128:
-        return "a huge number"
-    text = printable(str(value))
-    return text if len(text) <= MAX_QUOTED_CHARACTERS else text[:MAX_QUOTED_CHARACTERS] + "..."
 
 
 def _describe(error: ErrorDetails, fields: list[str]) -> str:

@@ -23,8 +23,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from src.api.messages import describe_errors, kind_of, printable, shortened
-from src.errors import JobError
+from src.api.messages import describe_errors, kind_of
+from src.errors import JobError, printable, shortened
 from src.schedulers import SCHEDULERS
 
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -103,8 +103,8 @@ class ImageRequest(BaseModel):
 
     prompt: Annotated[Text, Mark.PER_IMAGE] = Field(description="What to generate")
     negative_prompt: Annotated[Text, Mark.PER_IMAGE] = Field("", description="What to keep out of the picture")
-    width: Integer = Field(ge=MIN_SIZE, multiple_of=8, description="Width in pixels")
-    height: Integer = Field(ge=MIN_SIZE, multiple_of=8, description="Height in pixels")
+    width: Integer = Field(ge=MIN_SIZE, multiple_of=8, description="In pixels; by default the model's native size")
+    height: Integer = Field(ge=MIN_SIZE, multiple_of=8, description="In pixels; by default the model's native size")
     num_inference_steps: Integer = Field(50, ge=1, le=MAX_STEPS, description="Denoising steps")
     guidance_scale: Number = Field(7.5, ge=0, le=MAX_GUIDANCE, description="How closely to follow the prompt")
     seed: Annotated[Integer, Mark.PER_IMAGE, Mark.NOT_AN_ARGUMENT] = Field(
@@ -122,7 +122,7 @@ class ImageRequest(BaseModel):
     output_quality: Annotated[Integer, Mark.PER_IMAGE, Mark.NOT_AN_ARGUMENT] = Field(
         90, ge=1, le=100, description="Quality of `jpeg` and `webp`; `png` loses nothing"
     )
-    scheduler: Annotated[str, Mark.NOT_AN_ARGUMENT] = Field(description="Sampler")
+    scheduler: Annotated[str, Mark.NOT_AN_ARGUMENT] = Field(description="Sampler; by default the model's own")
 
     @classmethod
     def parse(cls, job_input: object, limits: ModelLimits) -> Self:

@@ -1,0 +1,40 @@
+"""One strategy for each field of a request: values that every model accepts."""
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from src.api.request import MAX_SEED, ImageRequest, Mark, ModelLimits
+from src.schedulers import SCHEDULERS
+
+LIMITS = ModelLimits(native_size=64, max_size=128, scheduler="PNDM")
+"""Those of the smallest model that tests have."""
+
+SIZES = st.integers(8, 16).map(lambda eighths: 8 * eighths)
+TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=50)
+
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "prompt": TEXT.filter(str.strip),
+    "negative_prompt": TEXT,
+    "width": SIZES,
+    "height": SIZES,
+    "num_inference_steps": st.integers(1, 150),
+    "guidance_scale": st.floats(0, 30) | st.integers(0, 30),
+    "seed": st.integers(0, MAX_SEED - 3),
+    "num_images": st.integers(1, 4),
+    "output_format": st.sampled_from(["png", "jpeg", "webp"]),
+    "output_quality": st.integers(1, 100),
+    "scheduler": st.sampled_from([*SCHEDULERS]),
+}
+
+PER_IMAGE = set(FIELDS) - set(ImageRequest.fields_without(Mark.PER_IMAGE))
+
+
+@st.composite
+def two_requests(draw: st.DrawFn, field: str) -> tuple[ImageRequest, ImageRequest]:
+    """Requests that differ in ``field`` alone."""
+    first = {name: draw(values) for name, values in FIELDS.items()}
+    # surrounding space is trimmed, and 7 is 7.0: compared are the requests
+    one = ImageRequest.parse(first, LIMITS)
+    other = draw(FIELDS[field].map(lambda value: ImageRequest.parse(first | {field: value}, LIMITS)).filter(one.__ne__))
+    return one, other

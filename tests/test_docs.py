@@ -1,0 +1,71 @@
+"""What documentation repeats of the code: schemas, tables, the Hub's settings."""
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from builder.docs import DEMO, ROOT, V1_4, files, input_schema, output_schema
+from src.api.request import ImageRequest
+from src.errors import JobError
+from src.settings import Settings
+from tests.support.client import Client
+from tests.support.engines import Engine
+from tests.support.fields import FIELDS
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: path.name)
+def test_file_holds_what_the_code_says(path: Any):
+    assert path.read_text(encoding="utf-8") == files()[path], "run python -m builder.docs"
+
+
+def test_documented_limits_of_the_embedded_model_are_its_own(demo_engine: Engine):
+    assert demo_engine.limits == DEMO
+
+
+def test_hub_defaults_presets_and_tests_are_accepted():
+    hub = json.loads((ROOT / ".runpod" / "hub.json").read_text())["config"]
+    assert hub["gpuIds"] == "ADA_24,AMPERE_24"
+    defaults = {each["key"]: str(each["input"]["default"]) for each in hub["env"]}
+    assert Settings.from_environment(defaults) == Settings(model_id="/model")
+    for preset in hub["presets"]:
+        Settings.from_environment(defaults | {name: str(value) for name, value in preset["defaults"].items()})
+    tests = json.loads((ROOT / ".runpod" / "tests.json").read_text())
+    for test in tests["tests"]:
+        ImageRequest.parse(test["input"], V1_4)
+        # each may wait for a cold start, in milliseconds
+        assert test["timeout"] >= 300_000
+
+
+SCHEMA = input_schema(V1_4)
+ANY_VALUE = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from([[], {}])
+
+
+def near_bounds(name: str) -> st.SearchStrategy[Any]:
+    field = SCHEMA["properties"][name]
+    if "maximum" not in field:
+        return FIELDS[name] | st.text(max_size=20)
+    return FIELDS[name] | st.integers(field["minimum"] - 2, field["maximum"] + 2)
+
+
+@settings(deadline=None)
+@given(st.fixed_dictionaries({}, optional={name: near_bounds(name) | ANY_VALUE for name in FIELDS}))
+def test_input_schema_accepts_what_the_worker_accepts(job_input: dict[str, Any]):
+    valid = jsonschema.Draft202012Validator(SCHEMA).is_valid(job_input)
+    try:
+        ImageRequest.parse(job_input, V1_4)
+        accepted, message = True, ""
+    except JobError as error:
+        accepted, message = False, str(error)
+    # what no schema can say
+    beyond = ("control characters", "Unicode", "images, got", "finite")
+    assert valid == accepted or (valid and any(words in message for words in beyond)), message
+
+
+def test_output_schema_holds_what_the_worker_answers(client: Client):
+    validate = jsonschema.Draft202012Validator(output_schema()).validate
+    for num_images in (1, 2):
+        validate(client.generate("the sea " * 80, num_images=num_images)["output"])

@@ -1,0 +1,76 @@
+"""What each field of a request must reach."""
+
+from types import SimpleNamespace
+from typing import Any, get_type_hints
+
+import diffusers
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.api.output import OneImage
+from src.api.picture import parameters
+from src.api.request import ImageRequest
+from src.generation.batch_runner import BatchRunner
+from tests.support.fields import FIELDS, LIMITS, PER_IMAGE, two_requests
+
+NOT_IN_A_PICTURE = {"num_images", "output_format", "output_quality"}
+"""The fields without which a picture can be made again."""
+
+
+def test_every_field_has_a_strategy():
+    assert list(FIELDS) == list(ImageRequest.model_fields)
+
+
+@given(st.fixed_dictionaries(FIELDS))
+def test_every_value_of_the_strategies_is_accepted_as_it_is(job_input: dict[str, Any]):
+    request = ImageRequest.parse(job_input, LIMITS)
+    for name, value in job_input.items():
+        assert getattr(request, name) == (value.strip() if isinstance(value, str) else value)
+
+
+class RecordingPipeline:
+    """Keeps what it is asked for, and produces NaN, which no picture is made of."""
+
+    config = SimpleNamespace(sample_size=8)
+
+    def __init__(self) -> None:
+        self.scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1)
+        self.unet, self.vae_scale_factor = self, 8
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, *, generator: list[torch.Generator], callback_on_step_end: object, **asked: Any) -> Any:
+        seeds = [each.initial_seed() for each in generator]
+        self.calls.append(asked | {"seeds": seeds, "scheduler": type(self.scheduler)})
+        return SimpleNamespace(images=torch.full((len(seeds), 3, 8, 8), torch.nan), nsfw_content_detected=None)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@given(st.data())
+def test_field_reaches_the_pipeline(field: str, data: st.DataObject):
+    pipeline = RecordingPipeline()
+    runner = BatchRunner(pipeline, "none")
+    for request in data.draw(two_requests(field)):
+        runner.run([request] * request.num_images, request.seeds, lambda share: None)
+    first, second = pipeline.calls
+    assert (first == second) == (field in {"output_format", "output_quality"})
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@given(st.data())
+def test_requests_share_a_batch_unless_they_differ_in_what_a_batch_shares(field: str, data: st.DataObject):
+    one, other = data.draw(two_requests(field))
+    assert (one.batch_key == other.batch_key) == (field in PER_IMAGE)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@given(st.data())
+def test_picture_says_how_it_was_made(field: str, data: st.DataObject):
+    one, other = (parameters(request, request.seed, "none") for request in data.draw(two_requests(field)))
+    assert (one == other) == (field in NOT_IN_A_PICTURE)
+
+
+def test_output_tells_what_the_client_may_not_know():
+    asked_and_known = {"prompt", "negative_prompt", "num_images", "output_quality"}
+    assert set(FIELDS) - set(get_type_hints(OneImage)) == asked_and_known
