@@ -30,7 +30,7 @@ from src.errors import JobError
 from src.generation.engine import Engine
 from src.settings import Settings
 from src.worker import Worker
-from tests.test_readme import README
+from tests.support.processes import ROOT
 
 MOTO = "https://s3.amazonaws.com"
 REGIONAL = {
@@ -174,7 +174,7 @@ def test_a_bucket_may_have_the_name_of_its_storage():
 
 
 def test_the_readmes_addresses_are_among_them():
-    rows = re.findall(r"^\| [^|]+ \| `(https://\S+)` \|", README, re.M)
+    rows = re.findall(r"^\| [^|]+ \| `(https://\S+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     examples = {"region": "us-west-\\d+", "account": "account", "host": "minio.example.com"}
     assert len(rows) == 5
     for row in rows:

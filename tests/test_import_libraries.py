@@ -49,7 +49,6 @@ def test_a_start_imports_nothing_deferred_and_only_klms_does_later(v1_4_reposito
         "from transformers.loss.loss_for_object_detection import linear_sum_assignment as f\n"
         "assert f([[1, 0], [0, 1]])[1].tolist() == [1, 0]",
         "import cpuinfo; assert cpuinfo.get_cpu_info() == {}; assert cpuinfo.CPUINFO_VERSION",
-        "from runpod.cli.groups.ssh import functions; assert functions.paramiko.RSAKey.generate",
         "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)) == 2",
         "from torch._dynamo.utils import counters\nassert torch._dynamo.utils.counters is counters",
         "from diffusers.utils.torch_utils import is_compiled_module\n"

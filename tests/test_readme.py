@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from builder.docs import V1_4
 from src.api.output import job_output
@@ -14,10 +15,10 @@ from src.model.repository import DEMO_MODEL
 from tests.support.platform_stub import Platform
 from tests.support.platform_stub.client_routes import ClientRoutes
 from tests.support.platform_stub.job import Policy
-from tests.test_output import RED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RED = Image.new("RGB", (64, 64), "red")
 
 
 def table(header: str) -> dict[str, list[str]]:

@@ -102,21 +102,20 @@ def _defer_optimize() -> None:
 
 
 DEFERRED: dict[str, Callable[[], None]] = {
-    # for tensors that several processes share: this worker is one process
+    # 0.5 s: tensors that several processes share; this worker is one process
     "torch.distributed": _defer_distributed,
-    # PyTorch's compiler, which nothing here uses
+    # 0.8 s: PyTorch's compiler, which nothing here uses
     "torch._dynamo": _defer_compiler,
-    # losses of transformers, for training
+    # 0.2 s: transformers' losses, for training
     "scipy.optimize": _defer_optimize,
-    # diffusers' schedulers: only KLMS integrates, and none of ours asks for a beta distribution
+    # 0.3 s: of the schedulers only KLMS integrates
     "scipy.integrate": lambda: _defer("scipy.integrate"),
+    # 0.6 s: none of our schedulers is asked for a beta distribution
     "scipy.stats": lambda: _defer("scipy.stats"),
-    # the SDK's debugger asks for the processor's name in a subprocess
+    # 1.1 s: the SDK's debugger asks for the processor's name in a subprocess
     "cpuinfo": lambda: _defer("cpuinfo", get_cpu_info=dict),
-    # the SDK's command line reaches other machines by SSH
-    "paramiko": lambda: _defer("paramiko"),
 }
-"""How each import is deferred."""
+"""How each import is deferred, and what that saves of a start: ``python -m tests.bench.imports``, on two cores."""
 
 
 def _mark_nothing(function: Any = None, *_: Any, **__: Any) -> Any:

@@ -1,0 +1,59 @@
+"""The rooms of src: what may import what, how long a module may be, what needs no PyTorch."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import ROOT, python
+
+GROUND = {"errors", "schedulers"}
+MAY_IMPORT = {
+    "errors": set(),
+    "schedulers": set(),
+    "settings": GROUND,
+    "api": {"settings", *GROUND},
+    "model": {"settings", *GROUND},
+    "serving": {"settings", *GROUND},
+    "startup": {"model", "settings", *GROUND},
+    "generation": {"api", "model", "settings", *GROUND},
+    "worker": {"generation", "api", "serving", "settings", *GROUND},
+}
+"""For each room of src, those that its modules may import beside their own: arrows point down only."""
+
+MODULES = sorted(path for path in (ROOT / "src").rglob("*.py") if path.name != "__init__.py")
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "src").parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [each.name for each in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{each.name}" for each in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("src.")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_module_imports_only_what_lies_below_and_is_short(path: Path):
+    assert imported_rooms(path) <= {room(path), *MAY_IMPORT[room(path)]}
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 260
+
+
+@pytest.mark.process
+def test_request_settings_and_engine_need_no_pytorch():
+    light = [path for path in MODULES if room(path) in {"api", "settings", *GROUND} or path.stem == "engine"]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in light]
+    assert len(names) >= 9
+    loaded = python(f"import sys, {', '.join(names)}; print(*sys.modules)").split()
+    assert not {"torch", "diffusers", "transformers", "runpod"} & set(loaded)
+
+
+def test_no_test_module_imports_another():
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not re.search(r"^(from|import) tests\.test_", path.read_text(encoding="utf-8"), re.M), path
