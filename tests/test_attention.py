@@ -1,88 +1,102 @@
-"""Slices by fused attention against diffusers' own slices."""
+"""Sliced fused attention against diffusers' plain attention."""
+
+import copy
+from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
 
 from src.generation.attention import FusedSlicedAttnProcessor, enable_attention_slicing
-from src.model.loading import Model
+from tests.support.v1_4 import SMALL
 
-IMAGES, TOKENS, CHANNELS = 3, 16, 24
+IMAGES, TOKENS, CHANNELS, HEADS = 3, 16, 24, 4
 
 
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@pytest.mark.parametrize("slice_size", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize(
-    ("options", "inputs"),
-    [
-        ({}, {}),
-        ({"cross_attention_dim": 10}, {"encoder_hidden_states": random(IMAGES, 7, 10)}),
-        ({"bias": True, "scale_qk": False}, {}),
-        (
-            {"cross_attention_dim": 10, "cross_attention_norm": "layer_norm"},
-            {"encoder_hidden_states": random(IMAGES, 7, 10)},
-        ),
-        ({"norm_num_groups": 4, "residual_connection": True, "rescale_output_factor": 2.0}, {}),
-        ({}, {"attention_mask": -10_000.0 * (random(IMAGES, 1, TOKENS) > 0)}),
-        (
-            {"cross_attention_dim": 10},
-            {
-                "encoder_hidden_states": random(IMAGES, 7, 10),
-                "attention_mask": -10_000.0 * (random(IMAGES, 1, 7) > 0),
-            },
-        ),
-    ],
-    ids=["self", "cross", "unscaled", "cross norm", "residual", "mask", "cross mask"],
-)
+def random_mask(*shape: int) -> torch.Tensor:
+    return -10_000.0 * (random(*shape) > 0)
+
+
+CROSS = {"cross_attention_dim": 10}
+CONTEXT = {"encoder_hidden_states": random(IMAGES, 7, 10)}
+CASES: dict[str, tuple[dict, dict]] = {
+    "self": ({}, {}),
+    "cross": (CROSS, CONTEXT),
+    "unscaled": ({"bias": True, "scale_qk": False}, {}),
+    "cross norm": (CROSS | {"cross_attention_norm": "layer_norm"}, CONTEXT),
+    "residual": ({"norm_num_groups": 4, "residual_connection": True, "rescale_output_factor": 2.0}, {}),
+    "pictures": (
+        {"norm_num_groups": 4, "residual_connection": True},
+        {"hidden_states": random(IMAGES, CHANNELS, 4, 5)},
+    ),
+    "mask": ({}, {"attention_mask": random_mask(IMAGES, 1, TOKENS)}),
+    "mask of heads": ({}, {"attention_mask": random_mask(IMAGES * HEADS, 1, TOKENS)}),
+    "cross mask": (CROSS, CONTEXT | {"attention_mask": random_mask(IMAGES, 1, 7)}),
+}
+"""Options of the module, and its inputs."""
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused projections"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(("options", "inputs"), CASES.values(), ids=CASES)
 @torch.no_grad()
-def test_the_slices_are_those_of_diffusers(slice_size: int, options: dict, inputs: dict):
+def test_slices_compute_plain_attention(options: dict, inputs: dict, steps: int, fused: bool):
     torch.manual_seed(0)
-    attention = Attention(CHANNELS, heads=4, dim_head=6, **options)
-    results = []
-    for processor in (SlicedAttnProcessor(slice_size), FusedSlicedAttnProcessor(slice_size)):
-        attention.set_processor(processor)
-        results.append(attention(random(IMAGES, TOKENS, CHANNELS), **inputs))
-    torch.testing.assert_close(*results, atol=1e-5, rtol=0)
+    attention = Attention(CHANNELS, heads=HEADS, dim_head=6, processor=AttnProcessor(), **options)
+    inputs = {"hidden_states": random(IMAGES, TOKENS, CHANNELS)} | inputs
+    plain = attention(**inputs)
+    if fused:
+        attention.fuse_projections()
+        # what a fused module must not use
+        del attention.to_k, attention.to_v
+    attention.set_processor(FusedSlicedAttnProcessor(steps))
+    torch.testing.assert_close(attention(**inputs), plain, atol=1e-5, rtol=0)
 
 
-@torch.no_grad()
-def test_pictures_as_input():
-    attention = Attention(CHANNELS, heads=4, dim_head=6, norm_num_groups=4, residual_connection=True)
-    results = []
-    for processor in (SlicedAttnProcessor(2), FusedSlicedAttnProcessor(2)):
-        attention.set_processor(processor)
-        results.append(attention(random(IMAGES, CHANNELS, 4, 5)))
-    torch.testing.assert_close(*results, atol=1e-5, rtol=0)
+def pipe_of(unet: torch.nn.Module) -> StableDiffusionPipeline:
+    """A pipeline of which nothing but the UNet is there."""
+    return StableDiffusionPipeline(None, None, None, unet, None, None, None, requires_safety_checker=False)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused projections"])
 @pytest.mark.parametrize("setting", ["auto", "max"])
-@pytest.mark.parametrize("model", ["v1_4_model", "demo_model"])
+@pytest.mark.parametrize("model", ["v1_4_pipe", "demo_pipe"])
 @torch.no_grad()
-def test_every_attention_of_a_model_is_sliced(model: str, setting: str, request: pytest.FixtureRequest):
-    loaded: Model = request.getfixturevalue(model)
-    unet = loaded.pipe.unet
-    inputs = random(3, unet.config.in_channels, 8, 8), torch.tensor(500)
-    text = random(3, 77, unet.config.cross_attention_dim)
-    results = []
-    try:
-        for enable in (loaded.pipe.enable_attention_slicing, lambda size: enable_attention_slicing(loaded.pipe, size)):
-            enable(setting)
-            results.append(unet(*inputs, encoder_hidden_states=text).sample)
-        assert {type(processor) for processor in unet.attn_processors.values()} == {FusedSlicedAttnProcessor}
-    finally:
-        enable_attention_slicing(loaded.pipe, "auto")
-    torch.testing.assert_close(*results, atol=1e-4, rtol=0)
+def test_every_attention_of_a_model_is_sliced(model: str, setting: str, fused: bool, request: pytest.FixtureRequest):
+    unet = copy.deepcopy(request.getfixturevalue(model).unet)
+    inputs = random(3, unet.config.in_channels, 8, 8), torch.tensor(500), random(3, 77, unet.config.cross_attention_dim)
+    unet.set_attn_processor(AttnProcessor())
+    plain = unet(*inputs).sample
+    if fused:
+        unet.fuse_qkv_projections()
+    enable_attention_slicing(pipe_of(unet), setting)
+    assert {type(processor) for processor in unet.attn_processors.values()} == {FusedSlicedAttnProcessor}
+    torch.testing.assert_close(unet(*inputs).sample, plain, atol=1e-5, rtol=0)
 
 
-@torch.no_grad()
-def test_a_single_head_is_a_slice():
-    attention = Attention(CHANNELS, heads=1, dim_head=6)
-    pipe = type("OneHead", (), {})()
-    pipe.unet = torch.nn.ModuleList([attention])
-    # what diffusers makes of half of one head
-    pipe.enable_attention_slicing = lambda _: attention.set_processor(SlicedAttnProcessor(0))
-    enable_attention_slicing(pipe, "auto")
-    assert attention(random(IMAGES, TOKENS, CHANNELS)).shape == (IMAGES, TOKENS, CHANNELS)
+@pytest.mark.parametrize(
+    ("setting", "heads", "slices"),
+    [("auto", 8, [4, 4]), ("auto", 5, [3, 2]), ("auto", 1, [1]), ("max", 8, [1] * 8)],
+)
+def test_auto_takes_two_steps_and_max_goes_head_by_head(
+    setting: str, heads: int, slices: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    computed: list[int] = []
+    fused_attention = torch.nn.functional.scaled_dot_product_attention
+
+    def record(query: torch.Tensor, *others: torch.Tensor, **options: Any) -> torch.Tensor:
+        computed.append(query.shape[1])
+        return fused_attention(query, *others, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    unet = UNet2DConditionModel(
+        **SMALL["unet"] | {"block_out_channels": (40, 40)}, norm_num_groups=8, attention_head_dim=heads
+    )
+    enable_attention_slicing(pipe_of(unet), setting)
+    unet(random(1, 4, 8, 8), 500, random(1, 77, 32))
+    assert computed == slices * len(unet.attn_processors)

@@ -1,4 +1,4 @@
-"""Attention slicing by PyTorch's fused attention."""
+"""Attention slicing with PyTorch's fused attention."""
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -6,14 +6,18 @@ from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
 
 
 class FusedSlicedAttnProcessor:
-    """diffusers' ``SlicedAttnProcessor``, whose slices are computed by ``scaled_dot_product_attention``.
+    """Computes attention for some of the heads of all images at a time, with ``scaled_dot_product_attention``.
 
-    The slices are the same: ``slice_size`` of the heads of all images in a row. Fused attention never holds a slice's
-    scores in memory, which is all that diffusers' slices save, and needs one kernel where those need three.
+    diffusers' ``SlicedAttnProcessor`` holds the scores of a slice in memory; fused attention never holds any. The
+    heads are split with views, so a slice costs one kernel and all of them one copy. Handles what
+    ``SlicedAttnProcessor`` handles, and fused projections as well (``fuse_qkv_projections``).
+
+    Args:
+        steps: slices, at most one per head.
     """
 
-    def __init__(self, slice_size: int) -> None:
-        self.slice_size = slice_size
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
 
     def __call__(
         self,
@@ -25,11 +29,10 @@ class FusedSlicedAttnProcessor:
         """Computes attention in slices.
 
         Args:
-            attn: the module, whose projections are used.
+            attn: the module whose projections are used.
             hidden_states: (images, tokens, channels) or (images, channels, height, width).
-            encoder_hidden_states: (images, tokens, channels) to attend to; by default ``hidden_states``.
-            attention_mask: added to the scores, (images, 1, tokens attended to) or (images * heads, 1, tokens
-                attended to).
+            encoder_hidden_states: (images, context tokens, channels) to attend to; by default ``hidden_states``.
+            attention_mask: added to the scores, (images, 1, context tokens) or (images * heads, 1, context tokens).
 
         Returns:
             A tensor of the shape and dtype of ``hidden_states``.
@@ -37,46 +40,43 @@ class FusedSlicedAttnProcessor:
         residual, shape = hidden_states, hidden_states.shape
         if hidden_states.ndim == 4:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        if encoder_hidden_states is None:
-            context = hidden_states
-        elif attn.norm_cross:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if attn.norm_cross and encoder_hidden_states is not None:
             context = attn.norm_encoder_hidden_states(context)
+        if not attn.fused_projections:
+            projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        elif attn.is_cross_attention:
+            projected = attn.to_q(hidden_states), *attn.to_kv(context).chunk(2, dim=-1)
+        else:
+            projected = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        # the fused kernels want (images, heads, tokens, channels of a head)
         query, key, value = (
-            attn.head_to_batch_dim(projected)
-            for projected in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+            each.unflatten(2, (attn.heads, -1)).transpose(1, 2).chunk(self.steps, dim=1) for each in projected
         )
-        slices = [slice(start, start + self.slice_size) for start in range(0, len(query), self.slice_size)]
-        # the fused kernels take four dimensions
+        mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))
+        masks = [None] * self.steps if mask is None else mask.unflatten(0, (-1, attn.heads)).chunk(self.steps, dim=1)
         attended = [
-            torch.nn.functional.scaled_dot_product_attention(
-                query[None, part],
-                key[None, part],
-                value[None, part],
-                attn_mask=None if mask is None else mask[None, part],
-                scale=attn.scale,
-            )
-            for part in slices
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=m, scale=attn.scale).transpose(1, 2)
+            for q, k, v, m in zip(query, key, value, masks, strict=False)
         ]
-        hidden_states = attn.batch_to_head_dim(torch.cat(attended, dim=1)[0])
+        hidden_states = torch.cat(attended, dim=2).flatten(2)
         for layer in attn.to_out:
             hidden_states = layer(hidden_states)
         if len(shape) == 4:
             hidden_states = hidden_states.transpose(1, 2).reshape(shape)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
-        hidden_states = hidden_states / attn.rescale_output_factor
+        if attn.rescale_output_factor != 1:
+            hidden_states = hidden_states / attn.rescale_output_factor
         return hidden_states
 
 
 def enable_attention_slicing(pipe: StableDiffusionPipeline, slice_size: str) -> None:
-    """``pipe.enable_attention_slicing(slice_size)``, with each slice computed by fused attention."""
+    """``pipe.enable_attention_slicing(slice_size)`` with fused attention: ``auto`` two steps, ``max`` head by head."""
     pipe.enable_attention_slicing(slice_size)
     for module in pipe.unet.modules():
-        # models with attention of another kind keep diffusers' slices
+        # attention of another kind keeps diffusers' slices
         if isinstance(module, Attention) and type(module.processor) is SlicedAttnProcessor:
-            # half of a single head is none
-            module.set_processor(FusedSlicedAttnProcessor(max(1, module.processor.slice_size)))
+            module.set_processor(FusedSlicedAttnProcessor(2 if slice_size == "auto" else module.heads))
