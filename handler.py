@@ -11,11 +11,11 @@ if sys.version_info < (3, 11):  # noqa: UP036 - pip installs nothing for an olde
     sys.exit(f"handler.py needs Python 3.11 or newer, this is Python {sys.version_info[0]}.{sys.version_info[1]}")
 
 import os
-import signal
 import time
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from src.serving.command_line import parse_arguments
+from src.serving.signals import exit_on_signals
 
 if TYPE_CHECKING:
     import torch
@@ -99,52 +99,36 @@ def build_engine(
     return Engine(runner, settings.max_batch_images, stall_timeout=settings.stall_timeout)
 
 
-def refuse_to_start(error: Exception) -> NoReturn:
-    """Says why and exits with code 1. On RunPod through the SDK, which reports the worker as unhealthy."""
-    import runpod
-
-    from src.settings import on_runpod
-
-    runpod.RunPodLogger().error(f"the worker cannot start: {error}")
-    if on_runpod():
-
-        def report_start_error() -> None:
-            raise error
-
-        runpod.serverless.register_fitness_check(report_start_error)
-        runpod.serverless.start({"handler": None})
-    sys.stdout.flush()
-    # sys.exit() would join the engine's thread, which may never return
-    os._exit(1)
-
-
 def main() -> None:
+    exit_on_signals()
     arguments = parse_arguments()
-    # imported late, so that --help and a misspelt argument are answered at once
-    from src.errors import JobError, StartError
-    from src.serving import one_job
-    from src.settings import Settings, on_runpod
-    from src.startup.import_libraries import set_environment
-
     if arguments.rp_log_level:
         os.environ["RUNPOD_LOG_LEVEL"] = arguments.rp_log_level
-    set_environment()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # Ctrl-C ends a start, without a traceback
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # imported late, so that --help and a misspelt argument are answered at once
+    from src.serving import api_server, one_job
+    from src.settings import Settings, on_pod, on_runpod
+    from src.startup.import_libraries import set_environment
 
-    runs_one_job = not arguments.rp_serve_api and (arguments.test_input is not None or not on_runpod())
+    set_environment()
+    serves_pod = on_pod() and not arguments.rp_serve_api and arguments.test_input is None
+    runs_one_job = not arguments.rp_serve_api and (arguments.test_input is not None or not (on_runpod() or on_pod()))
     try:
         settings = Settings.from_environment()
         if arguments.rp_serve_api:
-            one_job.check_address(arguments.rp_api_host, arguments.rp_api_port)
+            api_server.check_address(arguments.rp_api_host, arguments.rp_api_port)
         elif runs_one_job and not arguments.check:
             one_job.check_job(arguments.test_input)
+        elif serves_pod and not arguments.check:
+            api_server.prepare_pod()
         worker = build_worker(settings, one_job.progress_bar if runs_one_job else None)
-    except (StartError, JobError) as error:
-        refuse_to_start(error)
+    except Exception as error:
+        from src.serving.refusal import refuse_to_start
+
+        refuse_to_start(error, takes_jobs=on_runpod() and not (arguments.check or runs_one_job))
     if arguments.check:
         return
+    if serves_pod:
+        api_server.announce_pod()
     if runs_one_job:
         one_job.run_job(worker.handle, quiet=not arguments.rp_log_level)
     else:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from src.errors import StartError
+from src.errors import StartError, one_line
 from src.model import repository
 from src.settings import DEFAULT_MODEL_ID, Settings
 
@@ -50,7 +50,7 @@ def fetch(model_id: str, revision: str | None, output: Path) -> None:
         shutil.rmtree(output, ignore_errors=True)
         unfinished.rename(output)
     except Exception as error:
-        raise StartError(f"cannot save it in float16: {repository.first_line(error)}") from error
+        raise StartError(f"cannot save it in float16: {one_line(error)}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())

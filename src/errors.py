@@ -18,7 +18,24 @@ class JobError(Exception):
 
 
 class StartError(Exception):
-    """Why the worker cannot start, in one line for its operator."""
+    """Why the worker cannot start, in one line for its operator.
+
+    Args:
+        message: the line.
+        may_recover: whether another start, perhaps on another host, may succeed.
+    """
+
+    def __init__(self, message: str, *, may_recover: bool = False) -> None:
+        super().__init__(message)
+        self.may_recover = may_recover
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line; of one that is not worded for a person, with its type."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, JobError | StartError):
+        return line
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def shortened(value: object) -> str:

@@ -188,5 +188,10 @@ def _format_error(error: ErrorDetails) -> str:
 
 
 def on_runpod(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether RunPod's platform runs this process: it gives its workers the address to take jobs from."""
+    """Whether this is a worker of a RunPod endpoint, which has been given the address to take jobs from."""
     return bool(environment.get("RUNPOD_WEBHOOK_GET_JOB"))
+
+
+def on_pod(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this runs on a RunPod Pod, where no jobs arrive."""
+    return bool(environment.get("RUNPOD_POD_ID")) and not on_runpod(environment)

@@ -32,6 +32,7 @@ from src.settings import Settings
 from tests.support import engines
 from tests.support.client import Client, until
 from tests.support.platform_stub import HANDLER, Platform, serving
+from tests.support.processes import FAULTY
 from tests.support.v1_4 import make_repository
 
 gc.freeze()
@@ -113,10 +114,6 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
     yield
-
-
-FAULTY = [sys.executable, "-m", "tests.support.faulty_worker"]
-"""The command of a worker that fails when a prompt asks for it."""
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from src.errors import StartError
 from src.model import cuda_driver
 from src.model.cuda_driver import Driver
 
@@ -94,3 +95,29 @@ def test_the_operator_is_told_why_there_is_no_device(found: Driver, built_for: s
     line = cuda_driver.why_no_device(found, built_for)
     assert re.search(said, line)
     assert "\n" not in line
+
+
+def test_empty_list_of_visible_devices_is_named():
+    line = cuda_driver.why_no_device(Driver("550.54.14", "12.4"), "12.6", visible="")
+    assert line == "CUDA_VISIBLE_DEVICES= hides the host's GPUs: unset it"
+
+
+CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+"""What PyTorch's build for CUDA 12.6 has kernels for."""
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0)])
+def test_kernels_run_on_later_devices_of_their_major_version(capability: tuple[int, int]):
+    cuda_driver.check_kernels(CUDA_12_6, capability, "a GPU")
+
+
+@pytest.mark.parametrize("capability", [(10, 0), (12, 0), (3, 7)])
+def test_device_without_kernels_is_refused_with_what_to_build(capability: tuple[int, int]):
+    with pytest.raises(StartError) as refused:
+        cuda_driver.check_kernels([*CUDA_12_6, "sm_100a", "sm_120a"], capability, "NVIDIA GeForce RTX 5090")
+    assert re.search(r"no kernels for NVIDIA GeForce RTX 5090 \(compute .*whl/cu130$", str(refused.value))
+    assert refused.value.may_recover
+
+
+def test_portable_kernels_run_on_any_later_device():
+    cuda_driver.check_kernels(["sm_90", "compute_90"], (12, 0), "a GPU")

@@ -2,10 +2,13 @@
 
 import ctypes
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+from src.errors import StartError
 
 KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 """Where the driver's kernel module gives its version, in containers too."""
@@ -45,12 +48,41 @@ def shows_device() -> bool:
     return find().devices > 0 and not metadata.version("torch").endswith("+cpu")
 
 
-def why_no_device(driver: Driver, built_for: str | None) -> str:
+def check_kernels(architectures: Sequence[str], capability: tuple[int, int], device: str) -> None:
+    """Checks that PyTorch's build has kernels for a device.
+
+    A kernel for ``sm_86`` runs on devices of its major version from 8.6 on, one for ``compute_86`` is compiled for any
+    device from 8.6 on.
+
+    Args:
+        architectures: those of the build, as ``torch.cuda.get_arch_list`` gives them.
+        capability: the device's compute capability, major and minor.
+        device: its name.
+
+    Raises:
+        StartError: if it has none.
+    """
+    for architecture in architectures:
+        # not sm_90a, which no other device runs
+        if found := re.fullmatch(r"(sm|compute)_(\d+)(\d)", architecture):
+            kind, major, minor = found[1], int(found[2]), int(found[3])
+            if (major, minor) <= capability and (kind == "compute" or major == capability[0]):
+                return
+    raise StartError(
+        f"PyTorch's build has no kernels for {device} (compute capability {capability[0]}.{capability[1]}), only for "
+        f"{', '.join(architectures)}: choose another GPU for the endpoint, or build the image with "
+        "--build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130",
+        may_recover=True,
+    )
+
+
+def why_no_device(driver: Driver, built_for: str | None, visible: str | None = None) -> str:
     """Why PyTorch has no device, and what to do about it, in one line for the worker's operator.
 
     Args:
-        driver: The host's.
-        built_for: The CUDA that PyTorch is built for, such as ``12.6``; None where it is built for the CPU.
+        driver: the host's.
+        built_for: the CUDA that PyTorch is built for, such as ``12.6``; None where it is built for the CPU.
+        visible: ``CUDA_VISIBLE_DEVICES``, if it is set.
     """
     if built_for is None:
         return "PyTorch is built for the CPU: install its build for CUDA 12.6 or 13.0"
@@ -67,6 +99,8 @@ def why_no_device(driver: Driver, built_for: str | None) -> str:
             f"let the endpoint have hosts of CUDA {_major(built_for)}.0 and newer only, "
             "or build the image for an older CUDA"
         )
+    if visible is not None and not driver.devices:
+        return f"CUDA_VISIBLE_DEVICES={visible} hides the host's GPUs: unset it"
     return (
         f"{named} runs CUDA up to {driver.cuda}, which suits PyTorch's CUDA {built_for}, but it shows no usable GPU: "
         "terminate this worker, so that RunPod starts one on another host"

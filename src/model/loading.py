@@ -1,29 +1,34 @@
 """Loads the pipeline onto the device."""
 
+import os
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 
-from src.errors import StartError
+from src.errors import StartError, one_line
 from src.model import cuda_driver
-from src.model.repository import Repository, first_line
-from src.settings import DEMO_MODEL_ID, Settings, on_runpod
+from src.model.repository import Repository
+from src.settings import DEMO_MODEL_ID, Settings, on_pod, on_runpod
 
 
 def choose_device(settings: Settings) -> str:
     """``cuda`` where there is a device, otherwise ``cpu``.
 
     Raises:
-        StartError: if there is none, and the CPU is not what was asked for: on RunPod, and for the default model.
+        StartError: if PyTorch has no kernels for it; or if there is none, and the CPU is not what was asked for: on
+            RunPod, and for the default model.
     """
     if torch.cuda.is_available():
+        if kernels := torch.cuda.get_arch_list():
+            cuda_driver.check_kernels(kernels, torch.cuda.get_device_capability(), torch.cuda.get_device_name())
         return "cuda"
-    expected = on_runpod() or (settings.model_id is None and cuda_driver.shows_device())
+    expected = on_runpod() or on_pod() or (settings.model_id is None and cuda_driver.shows_device())
     if expected and settings.model_id != DEMO_MODEL_ID:
-        why = cuda_driver.why_no_device(cuda_driver.find(), torch.version.cuda)
+        why = cuda_driver.why_no_device(cuda_driver.find(), torch.version.cuda, os.environ.get("CUDA_VISIBLE_DEVICES"))
         raise StartError(
-            f"no CUDA device: {why}. To run the embedded toy model on the CPU, set MODEL_ID={DEMO_MODEL_ID}"
+            f"no CUDA device: {why}. To run the embedded toy model on the CPU, set MODEL_ID={DEMO_MODEL_ID}",
+            may_recover=True,
         )
     return "cpu"
 
@@ -55,7 +60,7 @@ def load(
             **without,
         )
     except Exception as error:
-        raise StartError(f"cannot load model {repository.name}: {first_line(error)}") from error
+        raise StartError(f"cannot load model {repository.name}: {one_line(error)}", may_recover=True) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from src.errors import StartError
+from src.errors import StartError, one_line
 from src.model import cuda_driver
 from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION, DEMO_MODEL_ID, Settings, on_runpod
 
@@ -173,9 +173,9 @@ def _download(wanted: dict[str, Any], settings: Settings) -> Path:
         if constants.HF_HUB_OFFLINE:
             hint = "choose it as the endpoint's Model, or set HF_HUB_OFFLINE=0 to download it"
             raise StartError(f"{name} is in no local cache, and HF_HUB_OFFLINE=1 forbids a download: {hint}") from error
-        raise StartError(f"{name} is in no local cache, and the hub cannot be reached") from error
+        raise StartError(f"{name} is in no local cache, and the hub cannot be reached", may_recover=True) from error
     except Exception as error:
-        raise StartError(f"cannot download {name}: {first_line(error)}") from error
+        raise StartError(f"cannot download {name}: {one_line(error)}", may_recover=True) from error
 
 
 def weight_files(path: Path, settings: Settings) -> list[Path]:
@@ -198,7 +198,7 @@ def check(path: Path, settings: Settings) -> dict[str, Any]:
     except FileNotFoundError:
         raise StartError(f"{path} is not a diffusers pipeline: it has no model_index.json") from None
     except (OSError, ValueError) as error:
-        raise StartError(f"cannot read {path / 'model_index.json'}: {first_line(error)}") from error
+        raise StartError(f"cannot read {path / 'model_index.json'}: {one_line(error)}") from error
     kind = index.get("_class_name") if isinstance(index, dict) else None
     if kind != PIPELINE:
         raise StartError(f"{path} is a {kind}, this worker runs a {PIPELINE}")
@@ -211,9 +211,3 @@ def check(path: Path, settings: Settings) -> dict[str, Any]:
         missing = "it is missing (pickled weights, .bin, can run code when loaded: they are not read)"
         raise StartError(f"cannot use {file}: {'it may not be read by this user' if file.exists() else missing}")
     return dict(index)
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -2,11 +2,8 @@
 
 import asyncio
 import base64
-import errno
 import json
 import os
-import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -16,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from src.errors import StartError
+from src.serving.signals import exit_on_signals
 
 if TYPE_CHECKING:
     from src.serving.worker_loop import Handler
@@ -43,25 +41,6 @@ def check_job(job: Any = None) -> None:
         raise StartError(f'{source} must be a job such as {{"input": {{"prompt": "..."}}}}')
     if not os.access(".", os.W_OK):
         raise StartError(f"pictures cannot be saved in {Path.cwd()}: it may not be written by this user")
-
-
-def check_address(host: str, port: int) -> None:
-    """Checks that a server can listen there.
-
-    Raises:
-        StartError: if the address is taken, forbidden or unknown. Other errors are left to the server.
-    """
-    problem = f"cannot serve on port {port} of {host}"
-    try:
-        for family, *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
-            with socket.socket(family, socket.SOCK_STREAM) as server:
-                server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                server.bind(address)
-    except socket.gaierror as error:
-        raise StartError(f"{problem}: {error.strerror}; see --rp_api_host") from None
-    except OSError as error:
-        if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            raise StartError(f"{problem}: {error.strerror}; see --rp_api_port") from None
 
 
 @asynccontextmanager
@@ -92,6 +71,8 @@ def run_job(handle: "Handler", *, quiet: bool) -> None:
 
     if quiet:
         runpod.RunPodLogger().set_level("ERROR")
+    # with it, as on a Pod, the SDK would serve instead
+    os.environ.pop("RUNPOD_REALTIME_PORT", None)
     lines: list[str] = []
     try:
         runpod.serverless.start({"handler": keep_pictures(handle, lines)})
@@ -105,7 +86,7 @@ def keep_pictures(handle: "Handler", lines: list[str]) -> "Handler":
 
     async def handle_and_keep(job: dict[str, Any]) -> dict[str, Any]:
         # the SDK would exit with code 0, and wait for the picture
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        exit_on_signals()
         started = time.monotonic()
         output = await handle(job)
         if "error" in output:

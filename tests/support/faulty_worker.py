@@ -1,4 +1,4 @@
-"""``handler.py`` with a pipeline that fails when a prompt asks for it."""
+"""``handler.py`` with a pipeline that fails when a prompt or the environment asks for it."""
 
 import os
 import socket
@@ -30,6 +30,8 @@ class FaultyPipeline(StableDiffusionPipeline):
             raise torch.OutOfMemoryError(f"CUDA out of memory {SECRETS}")
         if "crash" in prompt:
             raise RuntimeError(f"crashed {SECRETS}")
+        if os.environ.get("ALWAYS_CRASH"):
+            raise RuntimeError("no kernel image is available")
         if "hang" in prompt or os.environ.get("ALWAYS_HANG"):
             self.unet.forward = hang
         if "poison" in prompt:

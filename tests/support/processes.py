@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+FAULTY = [sys.executable, "-m", "tests.support.faulty_worker"]
+"""The command of a worker that fails when a prompt or its environment asks for it."""
 
 
 def python(code: str, **environment: str) -> str:

@@ -1,0 +1,60 @@
+"""What a worker does that cannot start."""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from typing import Any, NoReturn
+
+import runpod
+
+from src.errors import JobError, StartError, one_line
+from src.serving import worker_loop
+from src.settings import Settings
+
+SECONDS_BETWEEN_LINES = 60.0
+
+log = runpod.RunPodLogger()
+
+
+def refuse_to_start(error: Exception, *, takes_jobs: bool) -> NoReturn:
+    """Says why, then exits with code 1, or answers jobs for ever.
+
+    Args:
+        error: what was raised.
+        takes_jobs: whether this is a worker of an endpoint. If another start may succeed, RunPod is then told that the
+            worker is unhealthy. Otherwise its jobs would wait for as long as they live: the worker takes them and
+            answers each with the reason.
+    """
+    if not isinstance(error, StartError | JobError):
+        log.error("".join(traceback.format_exception(error)))
+    log.error(f"the worker cannot start: {one_line(error)}")
+    if takes_jobs and isinstance(error, StartError) and not error.may_recover:
+        _answer_jobs(one_line(error))
+    elif takes_jobs:
+        _report_unhealthy(error)
+    sys.stdout.flush()
+    # sys.exit() would join the engine's thread, which may never return
+    os._exit(1)
+
+
+def _answer_jobs(reason: str) -> None:
+    async def handle(job: dict[str, Any]) -> dict[str, Any]:
+        return {"error": f"this endpoint cannot start: {reason}"}
+
+    def repeat() -> None:
+        while True:
+            time.sleep(SECONDS_BETWEEN_LINES)
+            log.error(f"the worker cannot start: {reason}")
+
+    threading.Thread(target=repeat, daemon=True).start()
+    worker_loop.start(handle, Settings().max_concurrency)
+
+
+def _report_unhealthy(error: Exception) -> None:
+    def report_start_error() -> None:
+        raise error
+
+    runpod.serverless.register_fitness_check(report_start_error)
+    runpod.serverless.start({"handler": None})

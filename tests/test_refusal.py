@@ -1,0 +1,110 @@
+"""Workers that cannot start, are told to end while they start, or find themselves on a Pod: whole processes."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.support.client import Client, until
+from tests.support.platform_stub import HANDLER, serving
+from tests.support.processes import FAULTY, ROOT, run_handler
+
+pytestmark = pytest.mark.process
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"MAX_CONCURRENCY": "none"}, "MAX_CONCURRENCY=none: must be an integer from 1 to 100"),
+        ({"MODEL_ID": "/nowhere"}, "MODEL_ID=/nowhere: no such directory"),
+    ],
+)
+def test_jobs_are_answered_where_no_restart_can_help(tmp_path: Path, settings: dict[str, str], why: str):
+    with serving() as platform, (tmp_path / "log").open("wb") as log:
+        worker = platform.workers[platform.start_worker(log=log, **settings)].process
+        client = Client(platform)
+        for _ in "ab":
+            done = client.generate()
+            assert (done["status"], done["error"]) == ("FAILED", f"this endpoint cannot start: {why}")
+        assert worker.poll() is None
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert len([line for line in lines if f"the worker cannot start: {why}" in line]) == 1
+    assert "Traceback" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"ALWAYS_NAN": "1"}, "JobError: the model produced NaN instead of a picture"),
+        ({"ALWAYS_HANG": "1", "STALL_TIMEOUT": "2"}, "JobError: the GPU failed"),
+        ({"ALWAYS_CRASH": "1"}, "RuntimeError: no kernel image is available"),
+        ({"MODEL_ID": ""}, "StartError: no CUDA device: "),
+    ],
+)
+def test_worker_that_another_host_may_cure_takes_no_job_and_reports_why(
+    tmp_path: Path, settings: dict[str, str], why: str
+):
+    with serving() as platform, (tmp_path / "log").open("wb") as log:
+        job = Client(platform).run()
+        worker = platform.workers[platform.start_worker(FAULTY, log=log, **settings)]
+        assert worker.process.wait(60) == 1
+        assert [ping["status"] for ping in worker.pings] == ["unhealthy"]
+        assert worker.pings[0]["reason"].startswith(why)
+        assert Client(platform).get(f"status/{job}")["status"] == "IN_QUEUE"
+    text = (tmp_path / "log").read_text()
+    (line,) = [line for line in text.splitlines() if "the worker cannot start: " in line]
+    assert why.removeprefix("JobError: ").removeprefix("StartError: ") in line
+    assert ("Traceback" in text.split("the worker cannot start")[0]) == ("ALWAYS_CRASH" in settings)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_process_1_of_a_container_ends_its_start_when_told_to(tmp_path: Path, number: signal.Signals):
+    if os.geteuid() or not shutil.which("unshare"):
+        pytest.skip("needs root, for a namespace in which the worker is process 1")
+    environment = os.environ | {"ALWAYS_HANG": "1", "MODEL_ID": "demo"}
+    command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, *FAULTY[1:], "--check"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) as unshare:
+        # it hangs from its first picture on
+        until(lambda: b"weights: " in unshare.stdout.readline(), 60)
+        (worker,) = (Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children")).read_text().split()
+        os.kill(int(worker), number)
+        told = time.monotonic()
+        unshare.wait(10)
+        assert time.monotonic() - told < 1
+
+
+def test_pod_serves_the_api(tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pod = {"RUNPOD_POD_ID": "pod", "MODEL_ID": "demo", "RUNPOD_REALTIME_PORT": str(port)}
+    command = [sys.executable, HANDLER]
+    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | pod, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            said = next(line for line in process.stdout if "this is a Pod" in line)
+            assert said.endswith(f"serving /run, /runsync and /status on port {port}\n")
+            job = {"input": {"prompt": "the sea", "num_inference_steps": 2}}
+
+            def answer() -> dict | None:
+                try:
+                    return requests.post(f"http://127.0.0.1:{port}/runsync", json=job, timeout=60).json()
+                except requests.ConnectionError:
+                    return None
+
+            assert until(answer, 30)["output"]["model"] == "demo"
+        finally:
+            process.terminate()
+    assert list(tmp_path.iterdir()) == []
+    assert run_handler(tmp_path, "--check", **pod).returncode == 0
+    ran = run_handler(tmp_path, "--test_input", '{"input": {"prompt": "sea", "num_inference_steps": 1}}', **pod)
+    assert ran.returncode == 0 and (tmp_path / "picture.png").exists()
+    refused = run_handler(tmp_path, **pod | {"RUNPOD_REALTIME_PORT": "http"})
+    assert refused.returncode == 1
+    assert "the worker cannot start: RUNPOD_REALTIME_PORT=http: must be an integer" in refused.stdout
