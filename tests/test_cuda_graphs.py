@@ -1,13 +1,23 @@
 """Which steps are captured, kept and replayed; the capture itself needs a CUDA device."""
 
+import copy
+import itertools
 from collections.abc import Callable
+from typing import Literal
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
 from src.generation import acceleration
-from src.generation.cuda_graphs import Capture, GraphedStep, Inputs, Pace, Step
+from src.generation.attention import FusedSlicedAttnProcessor
+from src.generation.batch_runner import BatchRunner
+from src.generation.cuda_graphs import WARM_UP_RUNS, Capture, CaptureInvalidated, GraphedStep, Inputs, Pace, Step
+from src.generation.engine import Engine
+from src.settings import Settings
+from tests.support import engines
 
 
 def inputs(size: int = 8, images: int = 2) -> Inputs:
@@ -49,85 +59,97 @@ def forward(v1_4_pipe: StableDiffusionPipeline) -> Callable:
     return v1_4_pipe.unet.forward
 
 
+def echo(sample: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor]:
+    """A UNet that predicts what it is given."""
+    return (sample,)
+
+
+def run_batches(graphed: GraphedStep, *sizes: int, steps: int = 1) -> None:
+    """A batch of each size, each step checked against what is computed without graphs."""
+    for size in sizes:
+        for _ in range(steps):
+            (predicted,) = graphed(*inputs(size)[:2], encoder_hidden_states=inputs(size)[2], return_dict=False)
+            assert torch.equal(predicted, graphed._forward(*inputs(size), return_dict=False)[0])
+        graphed.end_batch()
+
+
 @torch.no_grad()
-def test_a_shape_is_captured_once_and_then_replayed(captures: Captures, forward: Callable):
+def test_the_first_batch_is_captured_at_once_and_other_shapes_when_they_come_back(
+    captures: Captures, forward: Callable
+):
     graphed = GraphedStep(forward, captures)
-    for size in (8, 8, 16, 8):
-        (predicted,) = graphed(*inputs(size)[:2], encoder_hidden_states=inputs(size)[2], return_dict=False)
-        assert torch.equal(predicted, forward(*inputs(size), return_dict=False)[0])
+    run_batches(graphed, 8, 16, 8, 24, steps=3)
+    assert captures.captured == [8]
+    assert captures.replayed == [8] * 6
+    run_batches(graphed, 16, steps=3)
     assert captures.captured == [8, 16]
-    assert captures.replayed == [8, 8, 16, 8]
+    assert captures.replayed == [8] * 6 + [16] * 3
 
 
-@torch.no_grad()
 def test_images_and_dtypes_are_shapes_of_their_own(captures: Captures):
-    graphed = GraphedStep(lambda sample, *_, **__: (sample,), captures)
+    graphed = GraphedStep(echo, captures)
     variants = [
         inputs(),
         inputs(images=4),
         tuple(each.half() for each in inputs()),
         (*inputs()[:2], inputs()[2][:, :9]),
     ]
-    for variant in variants * 2:
+    for variant in variants * 3:
         graphed(*variant, return_dict=False)
+        graphed.end_batch()
     assert len(captures.captured) == len(variants)
 
 
-def test_only_so_many_are_kept_and_the_one_unused_for_longest_goes(captures: Captures):
-    graphed = GraphedStep(lambda sample, *_, **__: (sample,), captures, max_graphs=2)
-    for size in (8, 16, 8, 24, 8, 16):
-        graphed(*inputs(size), return_dict=False)
-    # 24 took the place of 16, which took the place of 24
+def test_the_least_recently_used_graph_is_dropped(captures: Captures):
+    graphed = GraphedStep(echo, captures, max_graphs=2)
+    run_batches(graphed, 8, 16, 16, 24, 8, 24)
+    assert captures.captured == [8, 16, 24]
+    # 24 took the place of 16
+    run_batches(graphed, 8, 16)
     assert captures.captured == [8, 16, 24, 16]
 
 
-def test_after_a_failed_capture_the_graphs_that_are_kept_go_on_and_no_other_is_tried(
-    captures: Captures, forward: Callable, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            CaptureInvalidated("AcceleratorError: CUDA error: operation not permitted when stream is capturing"),
+            "CaptureInvalidated: AcceleratorError: CUDA error: operation not permitted when stream is capturing",
+        ),
+        (CaptureInvalidated("OutOfMemoryError: CUDA out of memory"), "CaptureInvalidated: OutOfMemoryError: CUDA out"),
+        (RuntimeError("no kernel image is available"), "RuntimeError: no kernel image is available"),
+    ],
+)
+def test_nothing_is_captured_after_a_capture_is_invalidated_but_existing_graphs_go_on(
+    captures: Captures, error: Exception, message: str, capsys: pytest.CaptureFixture
 ):
-    graphed = GraphedStep(forward, captures)
-    with torch.no_grad():
-        graphed(*inputs(8), return_dict=False)
-        captures.error = RuntimeError("operation not permitted when stream is capturing")
-        for size in (16, 16, 24, 8):
-            (predicted,) = graphed(*inputs(size), return_dict=False)
-            assert torch.equal(predicted, forward(*inputs(size), return_dict=False)[0])
+    graphed = GraphedStep(echo, captures)
+    run_batches(graphed, 8)
+    captures.error = error
+    run_batches(graphed, 16, 16)
+    captures.error = None
+    run_batches(graphed, 16, 24, 24, 8)
     assert captures.captured == [8, 16]
     assert captures.replayed == [8, 8]
     (line,) = capsys.readouterr().out.splitlines()
-    assert "no CUDA graph for latents of 2 x 4 x 16 x 16, computed without: RuntimeError: operation not" in line
+    assert f"no CUDA graph for latents of 2 x 4 x 16 x 16, computed without: {message}" in line
 
 
-def capture_invalidated_by(cause: Exception) -> Exception:
-    """What PyTorch raises when ``cause`` ends a capture."""
-    error = torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
-    error.__context__ = cause
-    return error
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        capture_invalidated_by(RuntimeError("GET was unable to find an engine to execute this computation")),
-    ],
-)
-def test_out_of_memory_gives_up_the_graphs_that_are_kept(captures: Captures, error: Exception):
-    graphed = GraphedStep(lambda sample, *_, **__: (sample,), captures, max_graphs=2)
-    graphed(*inputs(8), return_dict=False)
-    captures.error = error
-    graphed(*inputs(16), return_dict=False)
+def test_a_shape_that_does_not_fit_gives_up_the_other_graphs_and_is_not_tried_again(captures: Captures):
+    graphed = GraphedStep(echo, captures)
+    run_batches(graphed, 8)
+    captures.error = torch.OutOfMemoryError("CUDA out of memory")
+    run_batches(graphed, 16, 16)
     captures.error = None
-    # what did not fit is not tried again, and takes no graph's place
-    for size in (16, 8, 24, 16, 8, 24):
-        graphed(*inputs(size), return_dict=False)
+    run_batches(graphed, 16, 8, 24, 16, 24)
     assert captures.captured == [8, 16, 8, 24]
-    assert captures.replayed == [8, 8, 24, 8, 24]
+    assert captures.replayed == [8, 8, 24]
 
 
-def test_dropped_graphs_are_captured_anew(captures: Captures):
-    graphed = GraphedStep(lambda sample, *_, **__: (sample,), captures)
+def test_dropped_graphs_are_captured_again_on_next_use(captures: Captures):
+    graphed = GraphedStep(echo, captures)
     for _ in "ab":
-        graphed(*inputs(8), return_dict=False)
+        run_batches(graphed, 8)
         graphed.clear()
     assert captures.captured == [8, 8]
 
@@ -138,6 +160,27 @@ def test_a_schedulers_integer_and_float_timesteps_are_one_graph(captures: Captur
         (seen,) = graphed(inputs()[0], timestep, inputs()[2], return_dict=False)
         assert (seen.item(), seen.dtype) == (7.0, torch.float32)
     assert captures.captured == [8]
+
+
+@pytest.mark.parametrize(
+    ("failing_run", "kind"), [(WARM_UP_RUNS, RuntimeError), (WARM_UP_RUNS + 1, CaptureInvalidated)]
+)
+def test_only_a_failure_during_the_capture_itself_invalidates_it(
+    failing_run: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+):
+    cuda, runs = MagicMock(), itertools.count(1)
+    monkeypatch.setattr(torch, "cuda", cuda)
+
+    def step(*_: torch.Tensor) -> torch.Tensor:
+        if next(runs) == failing_run:
+            raise RuntimeError("CUDA out of memory")
+        return torch.zeros(())
+
+    with pytest.raises(RuntimeError, match="CUDA out of memory") as raised:
+        Capture()(step, inputs())
+    assert raised.type is kind
+    # such a failure may leave the thread on the stream of the capture
+    cuda.set_stream.assert_called_once_with(cuda.current_stream())
 
 
 def test_the_host_is_at_most_one_step_ahead_of_the_device():
@@ -167,50 +210,39 @@ def test_arguments_that_a_graph_does_not_know_are_heeded(captures: Captures, for
     assert captures.captured == []
 
 
-def test_the_pipeline_calls_the_graphed_step(
-    captures: Captures, v1_4_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("slicing", ["auto", "off"])
+def test_a_worker_captures_the_native_shape_at_start_and_others_when_they_come_back(
+    slicing: Literal["auto", "off"],
+    captures: Captures,
+    v1_4_pipe: StableDiffusionPipeline,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    def generate() -> torch.Tensor:
-        generator = torch.Generator().manual_seed(1)
-        return v1_4_pipe("sea", num_inference_steps=5, generator=generator, output_type="pt").images
+    def generate(engine: Engine, images: int) -> list[bytes]:
+        pictures = engines.generate(engine, num_images=images).pictures
+        return [picture.image.tobytes() for picture in pictures]
 
-    plain = generate()
-    unet = v1_4_pipe.unet
-    monkeypatch.setattr(unet, "forward", GraphedStep(unet.forward, captures))
-    assert torch.equal(generate(), plain)
+    pipe = copy.deepcopy(v1_4_pipe)
+    monkeypatch.setattr(acceleration, "Capture", lambda: captures)
+    with monkeypatch.context() as pretended:
+        pretended.setattr(StableDiffusionPipeline, "device", torch.device("cuda"))
+        graphs = acceleration.accelerate(pipe, Settings(acceleration="graphs", attention_slicing=slicing))
+    attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    assert attention.fused_projections
+    assert isinstance(attention.processor, FusedSlicedAttnProcessor) == (slicing == "auto")
+
+    engine = Engine(BatchRunner(pipe, "test", graphs), 4)
+    engine.warm_up()
     assert captures.captured == [8]
     # PNDM takes one step more than it is asked for
-    assert len(captures.replayed) == 6
-
-
-def test_attention_is_fused_only_where_it_is_not_sliced(v1_4_repository, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(acceleration, "Capture", Captures)
-    plain = {}
-    for sliced in (False, True):
-        pipe = StableDiffusionPipeline.from_pretrained(v1_4_repository)
-        generator = torch.Generator().manual_seed(1)
-        options = {"num_inference_steps": 3, "output_type": "pt"}
-        plain[sliced] = pipe("sea", generator=generator, **options).images
-        if sliced:
-            pipe.enable_attention_slicing()
-        acceleration.enable_cuda_graphs(pipe, sliced=sliced)
-        assert pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-        assert hasattr(pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1, "to_qkv") is not sliced
-        generated = pipe("sea", generator=torch.Generator().manual_seed(1), **options).images
-        torch.testing.assert_close(generated, plain[sliced], atol=1e-3, rtol=0)
-
-
-@pytest.mark.gpu
-def test_a_real_graph_predicts_what_the_unet_does():
-    unet = torch.nn.Conv2d(4, 4, 3, padding=1, device="cuda", dtype=torch.float16)
-
-    def forward(sample: torch.Tensor, timestep: torch.Tensor, _: torch.Tensor, return_dict: bool) -> tuple:
-        return (unet(sample) + timestep,)
-
-    graphed = GraphedStep(forward, Capture())
-    with torch.no_grad():
-        for timestep in range(3):
-            sample = torch.randn(2, 4, 8, 8, device="cuda", dtype=torch.float16)
-            given = (sample, torch.tensor(timestep, device="cuda"), torch.zeros(2, 77, 8, device="cuda"))
-            (predicted,) = graphed(*given, return_dict=False)
-            torch.testing.assert_close(predicted, forward(*given, return_dict=False)[0])
+    assert len(captures.replayed) == 3
+    eager = [generate(engines.around(v1_4_pipe), images) for images in (1, 3)]
+    for _ in "ab":
+        for images, pictures in zip((1, 3), eager, strict=True):
+            generated = generate(engine, images)
+            deltas = [
+                np.frombuffer(a, np.uint8) - np.frombuffer(b, np.uint8).astype(int)
+                for a, b in zip(generated, pictures, strict=True)
+            ]
+            assert np.abs(deltas).max() <= 1
+    assert captures.captured == [8, 8]
+    assert len(captures.replayed) == 3 + 3 * 3

@@ -75,6 +75,8 @@ class BatchRunner:
         finally:
             # a scheduler keeps the latest steps' tensors
             self._pipe.scheduler = own_scheduler
+            if self._graphs:
+                self._graphs.end_batch()
         pixels, finite = _to_host(generated.images)
         blanked = generated.nsfw_content_detected or [None] * len(seeds)
         return [

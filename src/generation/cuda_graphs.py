@@ -1,4 +1,4 @@
-"""The UNet as CUDA graphs: a step of shapes seen before is one launch instead of a thousand."""
+"""The UNet as CUDA graphs: a step of a known shape takes a few launches instead of hundreds."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,18 +19,28 @@ With guidance n is twice the number of images.
 Step = Callable[..., torch.Tensor]
 """Predicts from ``Inputs`` a tensor of the latents' shape."""
 
-MAX_GRAPHS = 8
-"""Graphs kept at once: two sizes of each of the batches of 1 to 4 images, which are most by default."""
+MAX_GRAPHS = 32
+"""Graphs kept at once: eight sizes in batches of 1 to 4 images. They share their memory, so one more takes little."""
 WARM_UP_RUNS = 3
 """Before a capture, as in ``torch.cuda.make_graphed_callables``: cuDNN and cuBLAS choose their kernels in them."""
 
 
-class GraphedStep:
-    """A UNet's ``forward`` that captures a graph for each shape when it first meets it, and replays it from then on.
+class CaptureInvalidated(RuntimeError):
+    """A step failed while it was being captured."""
 
-    At most ``max_graphs`` graphs are kept; the least recently used is dropped first. A shape that cannot be
-    captured runs eagerly, and so does a call with arguments that a graph does not know. After a capture that failed for
-    another reason than memory, none is tried again.
+
+class GraphedStep:
+    """A UNet's ``forward`` that captures a graph for a shape which comes back, and replays it from then on.
+
+    The first batch is the warm-up's: its shape is captured at once. Any other shape is captured when a second batch
+    has it, so that sizes which are asked for once cost no capture. A call with arguments that a graph does not know
+    runs eagerly, and so does a shape that does not fit in memory.
+
+    At most ``max_graphs`` graphs are kept; the least recently used is dropped first.
+
+    After ``CaptureInvalidated`` nothing is captured any more, and the graphs that exist go on. PyTorch 2.13 then never
+    frees the memory that the graphs share, not even once they are dropped: it is lost to everything else until the
+    process ends (mended by https://github.com/pytorch/pytorch/pull/190348). Since capturing ends, that happens once.
     """
 
     def __init__(
@@ -43,6 +53,9 @@ class GraphedStep:
         self._capture = capture
         self._max_graphs = max_graphs
         self._graphs: OrderedDict[tuple[Any, ...], Step] = OrderedDict()
+        self._batches = 0
+        self._first_batch: dict[tuple[Any, ...], int] = {}
+        """By shape, the number of batches that were done when it was first met."""
         self._too_large: set[tuple[Any, ...]] = set()
         self._capturing = True
 
@@ -62,17 +75,25 @@ class GraphedStep:
         key = tuple((each.shape, each.dtype) for each in inputs)
         if key in self._graphs:
             self._graphs.move_to_end(key)
-        elif self._capturing and key not in self._too_large:
+        elif self._is_worth_capturing(key):
             self._capture_graph(key, inputs)
         step = self._graphs.get(key, self._eager)
         return (step(*inputs),)
 
+    def end_batch(self) -> None:
+        """Says that the steps from now on are another batch's."""
+        self._batches += 1
+
     def clear(self) -> None:
-        """Drops all graphs, without which their memory is not free; each shape is captured anew when it is met."""
+        """Drops all graphs, which frees their memory; their shapes are captured again on next use."""
         self._graphs.clear()
 
     def _eager(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self._forward(*inputs, return_dict=False)[0]
+
+    def _is_worth_capturing(self, key: tuple[Any, ...]) -> bool:
+        comes_back = self._first_batch.setdefault(key, self._batches) < self._batches
+        return self._capturing and key not in self._too_large and (comes_back or not self._batches)
 
     def _capture_graph(self, key: tuple[Any, ...], inputs: Inputs) -> None:
         if len(self._graphs) == self._max_graphs:
@@ -85,7 +106,7 @@ class GraphedStep:
         release_frames(failure)
         shape = " x ".join(map(str, inputs[0].shape))
         log.warn(f"no CUDA graph for latents of {shape}, computed without: {type(failure).__name__}: {failure}")
-        if is_out_of_memory(failure):
+        if is_out_of_memory(failure) and not isinstance(failure, CaptureInvalidated):
             # what the other graphs hold may be what is missing
             self._too_large.add(key)
             self.clear()
@@ -127,7 +148,9 @@ class Capture:
         """Runs ``step`` until its kernels are chosen, then captures it.
 
         Raises:
-            RuntimeError: if it does what a graph cannot hold, such as waiting for the device.
+            CaptureInvalidated: if it does what a graph cannot hold, such as waiting for the device, or needs more
+                memory than there is while it is captured.
+            RuntimeError: if it fails before that.
         """
         static = [each.clone() for each in inputs]
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -137,15 +160,14 @@ class Capture:
                 for _ in range(WARM_UP_RUNS):
                     step(*static)
             current.wait_stream(self._side)
-            # other threads, such as those that encode pictures, may go on meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
-                predicted = step(*static)
-        except Exception:
-            # a failed capture leaves its pool in doubt
-            self._pool = torch.cuda.graph_pool_handle()
-            raise
+            try:
+                # other threads, such as those that encode pictures, may go on meanwhile
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
+                    predicted = step(*static)
+            except Exception as error:
+                raise CaptureInvalidated(f"{type(error).__name__}: {error}") from error
         finally:
-            # and may leave the thread on the stream of the capture
+            # a failed capture may leave the thread on the stream of the capture
             torch.cuda.set_stream(current)
 
         def replay(*new: torch.Tensor) -> torch.Tensor:
