@@ -1,22 +1,28 @@
 """Notices a device that hangs."""
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Self
 
+INTERVAL = 0.25
+"""Between two looks at the device, in seconds."""
+
 
 class StallWatch:
-    """Calls ``stalled`` from a thread of its own if ``step`` is not called for ``timeout`` seconds within the block."""
+    """Calls ``stalled`` from a thread of its own if ``step`` is not called for ``timeout`` seconds within the block.
+
+    It counts its own pauses instead of reading a clock, so the time for which the whole process was frozen (SIGSTOP, a
+    suspended host) is not held against the device.
+    """
 
     def __init__(self, timeout: float, stalled: Callable[[], None]) -> None:
         self._timeout = timeout
         self._stalled = stalled
         self._exited = threading.Event()
-        self._last_step = time.monotonic()
+        self._steps = 0
 
     def step(self) -> None:
-        self._last_step = time.monotonic()
+        self._steps += 1
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._watch, name="stall watch", daemon=True).start()
@@ -26,8 +32,12 @@ class StallWatch:
         self._exited.set()
 
     def _watch(self) -> None:
-        while (remaining := self._last_step + self._timeout - time.monotonic()) > 0:
-            if self._exited.wait(remaining):
+        pause = min(INTERVAL, self._timeout)
+        seen, waited = 0, 0.0
+        while waited < self._timeout:
+            if self._exited.wait(pause):
                 return
-        if not self._exited.is_set():
-            self._stalled()
+            steps = self._steps
+            waited = waited + pause if steps == seen else 0.0
+            seen = steps
+        self._stalled()
