@@ -137,6 +137,10 @@ class ImageRequest(BaseModel):
         """
         if not isinstance(job_input, dict):
             raise JobError(f'invalid input: must be an object such as {{"prompt": "..."}}, got {kind_of(job_input)}')
+        unknown = len(job_input.keys() - cls.model_fields.keys())
+        if unknown > len(cls.model_fields):
+            # pydantic would take seconds for a million of them, and keep the event loop from all else
+            raise JobError(f"invalid input: {unknown:,} unknown fields, there are only {', '.join(cls.model_fields)}")
         try:
             return cls.model_validate(job_input, context=limits)
         except ValidationError as error:
