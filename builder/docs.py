@@ -1,7 +1,7 @@
 """Writes what documentation repeats of the code: ``python -m builder.docs``.
 
 These are the JSON Schemas of a job's input and output, with which clients can check a request before they pay for it,
-the README's tables of fields and settings, and the settings in RunPod's Hub.
+the README's tables of fields, output and settings, and the settings in RunPod's Hub.
 """
 
 import json
@@ -62,6 +62,14 @@ def fields_table() -> str:
     return "\n".join(rows)
 
 
+def output_table() -> str:
+    """The README's table of the fields of a job's output with one image."""
+    rows = ["| field | meaning |", "|---|---|"]
+    for name, field in TypeAdapter(OneImage).json_schema()["properties"].items():
+        rows.append(f"| `{name}` | {field.get('description', 'As used, whether given or by default')} |")
+    return "\n".join(rows)
+
+
 def settings_table() -> str:
     """The README's table of settings."""
     rows = ["| variable | default | meaning |", "|---|---|---|"]
@@ -83,10 +91,11 @@ def files() -> dict[Path, str]:
     schemas = ROOT / "examples" / "schema"
     readme, hub = ROOT / "README.md", ROOT / ".runpod" / "hub.json"
     text = readme.read_text(encoding="utf-8")
-    for name, table in (("fields", fields_table()), ("settings", settings_table())):
-        start, end = f"<!-- {name}, written by python -m builder.docs -->\n", "\n<!-- end -->"
+    tables = {"fields": fields_table(), "output": output_table(), "settings": settings_table()}
+    for name, table in tables.items():
+        start, end = f"<!-- {name}, written by python -m builder.docs -->\n", "<!-- end -->"
         before, _, rest = text.partition(start)
-        text = before + start + table + end + rest.partition(end)[2]
+        text = before + start + table + "\n" + end + rest.partition(end)[2]
     config = json.loads(hub.read_text(encoding="utf-8"))
     ours = {name.upper() for name in Settings.model_fields}
     others = [each for each in config["config"]["env"] if each["key"] not in ours]

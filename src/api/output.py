@@ -2,7 +2,6 @@
 
 import base64
 import json
-from collections.abc import Callable
 from typing import Annotated, Any, NotRequired
 
 from pydantic import Field
@@ -18,11 +17,17 @@ SHARED_FIELDS = ImageRequest.fields_without(Mark.PER_IMAGE)
 class OutputImage(TypedDict):
     """One image of a job's output: the picture itself, or a link to it where a bucket is set up."""
 
-    image: Annotated[NotRequired[str], Field(description="The picture's file in base64, without a data: prefix")]
-    image_url: Annotated[NotRequired[str], Field(description="A link to the picture's file that works for a week")]
+    image: Annotated[NotRequired[str], Field(description="The picture's file in base64, without a `data:` prefix")]
+    image_url: Annotated[
+        NotRequired[str],
+        Field(description="With a bucket, in place of `image`: a link to the file that works for a week"),
+    ]
     seed: Annotated[int, Field(description="The seed that generates this picture again")]
     nsfw_content_detected: Annotated[
-        bool | None, Field(description="Whether the safety checker blanked the picture; null without a checker")
+        bool | None,
+        Field(
+            description="Whether the safety checker blanked the picture, which is then black; `null` without a checker"
+        ),
     ]
 
 
@@ -32,9 +37,11 @@ OutputParameters = TypedDict(
         **{name: ImageRequest.model_fields[name].annotation for name in SHARED_FIELDS},  # type: ignore[misc]
         "model": Annotated[str, Field(description="The model's name")],
         "output_format": Annotated[
-            NotRequired[OutputFormat], Field(description="The picture's file format; left out for png")
+            NotRequired[OutputFormat], Field(description="The picture's file format; left out for `png`")
         ],
-        "warnings": Annotated[NotRequired[list[str]], Field(description="What the client should know")],
+        "warnings": Annotated[
+            NotRequired[list[str]], Field(description="What the client should know; left out when empty")
+        ],
     },
 )
 """What all images of a job's output share: the fields that one batch shares, as they were used, and more."""
@@ -50,6 +57,19 @@ class SeveralImages(OutputParameters):
     images: list[OutputImage]
 
 
+def encode_all(request: ImageRequest, pictures: list[Picture], model_name: str) -> list[bytes]:
+    """The file of each picture, in the format and with the quality that ``request`` asks for."""
+    return [
+        encode(
+            picture.image,
+            parameters(request, picture.seed, model_name),
+            request.output_format,
+            request.output_quality,
+        )
+        for picture in pictures
+    ]
+
+
 def job_output(
     request: ImageRequest,
     pictures: list[Picture],
@@ -57,7 +77,7 @@ def job_output(
     *,
     model_name: str,
     max_result_bytes: int,
-    upload: Callable[[bytes, str, str], str] | None = None,
+    links: list[str] | None = None,
 ) -> dict[str, Any]:
     """What the client reads of a finished job.
 
@@ -67,22 +87,18 @@ def job_output(
         warnings: what the client should know; left out of the output when empty.
         model_name: what clients know the model by.
         max_result_bytes: the largest result that the platform takes, in bytes.
-        upload: stores a file under a name, with its media type, and returns a link to it; without it the output holds
-            the pictures.
+        links: where each picture is stored; without them the output holds the pictures.
 
     Raises:
-        JobError: if the result is larger than the platform takes, or as ``upload`` does.
+        JobError: if the result is larger than the platform takes.
     """
-    images = []
-    for i, picture in enumerate(pictures, start=1):
-        text = parameters(request, picture.seed, model_name)
-        file = encode(picture.image, text, request.output_format, request.output_quality)
-        image: OutputImage = {"seed": picture.seed, "nsfw_content_detected": picture.nsfw}
-        if upload:
-            image["image_url"] = upload(file, f"picture-{i}.{request.output_format}", f"image/{request.output_format}")
-        else:
+    images: list[OutputImage] = [{"seed": picture.seed, "nsfw_content_detected": picture.nsfw} for picture in pictures]
+    if links:
+        for image, link in zip(images, links, strict=True):
+            image["image_url"] = link
+    else:
+        for image, file in zip(images, encode_all(request, pictures, model_name), strict=True):
             image["image"] = base64.b64encode(file).decode()
-        images.append(image)
     shared = {name: getattr(request, name) for name in SHARED_FIELDS} | {"model": model_name}
     if request.output_format != "png":
         shared["output_format"] = request.output_format

@@ -38,8 +38,9 @@ def parameters(request: ImageRequest, seed: int, model_name: str) -> str:
         "Size": f"{request.width}x{request.height}",
     }
     for name in ImageRequest.fields_without(Mark.PER_IMAGE):
-        if name not in NAMED_FIELDS:
-            values[name.replace("_", " ").capitalize()] = getattr(request, name)
+        value = getattr(request, name)
+        if name not in NAMED_FIELDS and value != ImageRequest.model_fields[name].default:
+            values[name.replace("_", " ").capitalize()] = value
     values["Model"] = model_name
     lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))
     return "\n".join(lines)
