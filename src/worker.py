@@ -11,7 +11,7 @@ from typing import Any
 from runpod import RunPodLogger
 
 from src.api.bucket import Bucket
-from src.api.output import job_output
+from src.api.output import encode_all, job_output
 from src.api.request import ImageRequest
 from src.errors import JobError
 from src.generation.engine import Engine
@@ -89,6 +89,10 @@ class Worker:
             started = time.monotonic()
             result = await self._engine.generate(request, progress)
             finished = time.monotonic()
+            links = None
+            if self._bucket:
+                files = await asyncio.to_thread(encode_all, request, result.pictures, self._engine.model_name)
+                links = await self._bucket.upload_all(files, job["id"], request.output_format)
             output = await asyncio.to_thread(
                 job_output,
                 request,
@@ -96,7 +100,7 @@ class Worker:
                 result.warnings,
                 model_name=self._engine.model_name,
                 max_result_bytes=self._settings.max_result_bytes,
-                upload=self._bucket.uploads_under(job["id"]) if self._bucket else None,
+                links=links,
             )
         log.info(
             f"generated {request.num_images} of {request.width} x {request.height} in {request.num_inference_steps} "

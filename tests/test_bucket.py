@@ -3,10 +3,12 @@
 import asyncio
 import datetime
 import io
+import json
 import re
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from PIL import Image
+from runpod.serverless.modules import rp_job
 from werkzeug.serving import make_server
 
 from src.api.bucket import Bucket, address
@@ -55,8 +58,10 @@ class Storage:
     client: Any
     requests: list[dict[str, str]]
     """The headers of each request that it got, as WSGI names them."""
-    answers: list[str]
-    """What it answers to the next requests instead of doing what they ask."""
+    answers: list[tuple[str, dict[str, str]]]
+    """Status and headers with which it answers the next requests instead of doing what they ask."""
+    barriers: list[threading.Barrier]
+    """At each, one of the next requests waits for the test, twice, before it is answered."""
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +89,18 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def storage(certificate: Path) -> Iterator[Storage]:
     """A storage with one bucket, ``pictures``, reached through a proxy that has every address lead to it."""
-    moto, received, answers = DomainDispatcherApplication(create_backend_app), list[dict[str, str]](), list[str]()
+    moto, received = DomainDispatcherApplication(create_backend_app), list[dict[str, str]]()
+    answers, barriers = list[tuple[str, dict[str, str]]](), list[threading.Barrier]()
 
     def recorded(environ: dict[str, Any], start_response: Any) -> Any:
         received.append({name: value for name, value in environ.items() if isinstance(value, str)})
+        if barriers:
+            barrier = barriers.pop(0)
+            for _ in range(2):
+                barrier.wait(30)
         if answers:
-            start_response(answers.pop(0), [("Content-Length", "0")])
+            status, headers = answers.pop(0)
+            start_response(status, [("Content-Length", "0"), *headers.items()])
             return []
         return moto(environ, start_response)
 
@@ -123,7 +134,7 @@ def storage(certificate: Path) -> Iterator[Storage]:
         patch.setenv("MOTO_S3_CUSTOM_ENDPOINTS", ",".join(REGIONAL))
         client = Bucket(settings())._client
         client.create_bucket(Bucket="pictures")
-        yield Storage(client, received, answers)
+        yield Storage(client, received, answers, barriers)
         server.shutdown()
         proxy.shutdown()
 
@@ -183,7 +194,7 @@ def test_the_readmes_addresses_are_among_them():
 
 
 def test_a_storage_in_trouble_is_asked_again(storage: Storage):
-    storage.answers += ["503 Slow Down", "500 Internal Error"]
+    storage.answers += [("503 Slow Down", {}), ("500 Internal Error", {})]
     Bucket(settings()).upload(b"a PNG", "job-6/picture.png", "image/png")
     assert storage.client.get_object(Bucket="pictures", Key="job-6/picture.png")["Body"].read() == b"a PNG"
 
@@ -228,6 +239,77 @@ def test_a_bucket_that_fails_fails_the_job_and_leaves_nothing_behind(
     assert refusal(settings(name="nothing-here"), v1_4_engine) == refused + "NoSuchBucket"
     assert refusal(settings("http://127.0.0.1:9"), v1_4_engine) == "the endpoint's bucket could not be reached"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("headers", "place"),
+    [
+        (
+            {"x-amz-bucket-region": "eu-central-1"},
+            "in the region eu-central-1: see BUCKET_ENDPOINT_URL and BUCKET_REGION",
+        ),
+        (
+            {"Location": "https://elsewhere.example.com/pictures?x"},
+            "at https://elsewhere.example.com: see BUCKET_ENDPOINT_URL",
+        ),
+        ({}, "at another address, which it does not tell: see BUCKET_ENDPOINT_URL"),
+    ],
+)
+@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "307 Temporary Redirect", "308 Permanent Redirect"])
+def test_bucket_that_redirects_fails_the_job_at_once_and_says_where_it_is(
+    storage: Storage, status: str, headers: dict[str, str], place: str
+):
+    storage.requests.clear()
+    storage.answers += [(status, headers)] * 100
+    try:
+        with pytest.raises(JobError) as refused:
+            Bucket(settings()).upload(b"a PNG", "job-8/picture-1.png", "image/png")
+    finally:
+        storage.answers.clear()
+    assert str(refused.value) == f"the endpoint's bucket is {place}"
+    assert len(storage.requests) == 1
+
+
+def test_cancelled_job_stores_no_further_picture_and_holds_up_no_other(storage: Storage, v1_4_engine: Engine):
+    barrier = threading.Barrier(2)
+
+    async def cancel_during_the_first_upload() -> dict[str, Any]:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        asked = {"prompt": "a cat", "num_inference_steps": 1}
+        cancelled = asyncio.create_task(worker.handle({"id": "job-9", "input": asked | {"num_images": 4}}))
+        await loop.run_in_executor(ThreadPoolExecutor(1), barrier.wait, 30)
+        cancelled.cancel()
+        try:
+            return await asyncio.wait_for(worker.handle({"id": "job-10", "input": asked}), 10)
+        finally:
+            barrier.wait(30)
+
+    storage.requests.clear()
+    storage.barriers.append(barrier)
+    worker = Worker(v1_4_engine, settings())
+    assert "image_url" in asyncio.run(cancel_during_the_first_upload())
+    worker._bucket._threads.shutdown()
+    assert [put["PATH_INFO"] for put in storage.requests] == [
+        "/pictures/job-9/picture-1.png",
+        "/pictures/job-10/picture-1.png",
+    ]
+
+
+def test_signature_of_a_link_stays_out_of_the_log(
+    storage: Storage, v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(rp_job.log, "level", "DEBUG")
+    asked = {"prompt": "a cat", "num_inference_steps": 1, "num_images": 2}
+    worker = Worker(v1_4_engine, settings())
+    result = asyncio.run(rp_job.run_job(worker.handle, {"id": "job-11", "input": asked}))
+    signatures = [
+        image["image_url"].partition("X-Amz-Signature=")[2]
+        for image in json.loads(json.dumps(result))["output"]["images"]
+    ]
+    log = capsys.readouterr().out
+    assert log.count("/job-11/picture-2.png?") == 2
+    assert all(len(each) == 64 and each not in log for each in signatures)
 
 
 def test_a_wrong_key_is_refused(storage: Storage):

@@ -1,7 +1,9 @@
 """S3-compatible storage for pictures, in place of base64 in the result."""
 
+import asyncio
 import re
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from urllib.parse import urlsplit
 
 from src.errors import JobError
@@ -11,6 +13,15 @@ LINK_SECONDS = 7 * 24 * 3600
 """How long a link works, in seconds: a week, the most that signature version 4 allows."""
 DEFAULT_REGION = "us-east-1"
 """What a storage without regions is signed for, as boto3 does."""
+MAX_UPLOADS = 32
+"""At once. More than a worker has jobs, since the upload of a cancelled job goes on until its time-out."""
+
+
+class SignedLink(str):
+    """A link whose signature ``repr`` leaves out: at DEBUG the SDK logs each output."""
+
+    def __repr__(self) -> str:
+        return repr(re.sub("(?<=X-Amz-Signature=)[^&]*", "...", self))
 
 
 class Bucket:
@@ -43,20 +54,40 @@ class Bucket:
                 response_checksum_validation="when_required",
                 connect_timeout=10,
                 read_timeout=30,
+                max_pool_connections=MAX_UPLOADS,
                 # botocore's exponential backoff with jitter, at most 20 s a pause
                 retries={"mode": "standard", "total_max_attempts": 5},
             ),
         )
 
-    def uploads_under(self, folder: str) -> Callable[[bytes, str, str], str]:
-        """``upload`` into a folder: from a file, its name and its media type to a link."""
-        return lambda file, name, media_type: self.upload(file, f"{folder}/{name}", media_type)
+        # a storage that redirects every request would have boto3 ask it for the bucket's region without end
+        self._client.meta.events.register_first("needs-retry.s3", _refuse_redirect)
+        # threads of their own, since a hung upload must not keep other jobs from being encoded
+        self._threads = ThreadPoolExecutor(MAX_UPLOADS, thread_name_prefix="upload")
+
+    async def upload_all(self, files: list[bytes], folder: str, output_format: str) -> list[str]:
+        """Stores a job's pictures, one after the other, and returns a link to each.
+
+        Raises:
+            JobError: as ``upload`` does.
+        """
+        loop = asyncio.get_running_loop()
+        return [
+            await loop.run_in_executor(
+                self._threads,
+                self.upload,
+                file,
+                f"{folder}/picture-{i}.{output_format}",
+                f"image/{output_format}",
+            )
+            for i, file in enumerate(files, start=1)
+        ]
 
     def upload(self, file: bytes, key: str, media_type: str) -> str:
         """Stores a picture's file under ``key`` and returns a link to it that works for a week.
 
         Raises:
-            JobError: if the bucket cannot be reached or refuses.
+            JobError: if the bucket cannot be reached, refuses or is elsewhere.
         """
         from botocore.exceptions import BotoCoreError, ClientError
 
@@ -70,7 +101,26 @@ class Bucket:
         link: str = self._client.generate_presigned_url(
             "get_object", Params={"Bucket": self._name, "Key": key}, ExpiresIn=LINK_SECONDS
         )
-        return link
+        return SignedLink(link)
+
+
+def _refuse_redirect(response: tuple[Any, dict[str, Any]] | None, **_: Any) -> None:
+    """A handler of botocore's event ``needs-retry``.
+
+    Args:
+        response: the HTTP response, and what botocore read in it; None if there was none.
+    """
+    if not response or not 300 <= response[0].status_code < 400:
+        return
+    headers = response[0].headers
+    target = urlsplit(headers.get("Location", ""))
+    if region := headers.get("x-amz-bucket-region"):
+        place = f"in the region {region}: see BUCKET_ENDPOINT_URL and BUCKET_REGION"
+    elif target.netloc:
+        place = f"at {target.scheme}://{target.netloc}: see BUCKET_ENDPOINT_URL"
+    else:
+        place = "at another address, which it does not tell: see BUCKET_ENDPOINT_URL"
+    raise JobError(f"the endpoint's bucket is {place}")
 
 
 def address(url: str, name: str) -> tuple[str, str]:
