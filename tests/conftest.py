@@ -93,7 +93,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.process)
     # two at a time, the files that take longest must not be last
-    items.sort(key=lambda item: item.path.stem not in ("test_examples", "test_platform"))
+    items.sort(key=lambda item: item.path.stem not in ("test_generate_sh", "test_platform"))
 
 
 @pytest.fixture(autouse=True)

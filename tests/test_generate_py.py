@@ -1,0 +1,165 @@
+"""examples/generate.py, against the stand-in of RunPod; mostly in this process, where the SDK is imported already."""
+
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import requests
+import runpod
+from PIL import Image
+
+from src.model.demo.vocabulary import NOT_UNDERSTOOD
+from tests.support.client import Client, until
+from tests.support.examples import EXAMPLES, ending_its_job, environment
+from tests.support.platform_stub import Fault, Platform, serving
+
+SCRIPT = str(EXAMPLES / "generate.py")
+Generate = Callable[..., tuple[object, str, str]]
+
+
+@pytest.fixture
+def generate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Generate:
+    """Runs the example with short pauses: its exit status or last words, and its two outputs."""
+    real = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: real(min(seconds, 0.05)))
+    monkeypatch.chdir(tmp_path)
+
+    def run(platform: Platform, *arguments: str, **settings: str) -> tuple[object, str, str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [SCRIPT, *arguments])
+            patch.setattr(runpod, "api_key", None)
+            patch.setattr(runpod, "endpoint_url_base", f"{platform.url}/v2")
+            patch.delenv("ENDPOINT_ID", raising=False)
+            for name, value in environment(platform, **settings).items():
+                patch.setenv(name, value)
+            capsys.readouterr()
+            try:
+                runpy.run_path(SCRIPT, run_name="__main__")
+                status: object = 0
+            except SystemExit as exit:
+                status = exit.code
+            return status, *capsys.readouterr()
+
+    return run
+
+
+def test_any_field_passes_through_and_several_pictures_are_numbered(
+    platform: Platform, client: Client, generate: Generate, tmp_path: Path
+):
+    fields = ("num_images=2", "seed=3", "guidance_scale=5.5", "negative_prompt=a = b")
+    status, output, _ = generate(platform, "the sea", "-o", "sea.v1.png", *fields)
+    assert (status, output) == (0, "sea.v1-1.png seed 3\nsea.v1-2.png seed 4\n")
+    parameters = Image.open(tmp_path / "sea.v1-2.png").text["parameters"]
+    assert parameters.startswith("the sea\nNegative prompt: a = b\n")
+    assert "CFG scale: 5.5, Seed: 4, " in parameters
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("arguments", "name", "job_input"),
+    [
+        (["-o", "a.JPG"], "a.JPG", {"output_format": "jpeg"}),
+        (["seed=1", "-o", "v1.4", "steps=-1.5e3"], "v1.4", {"seed": 1, "steps": -1500}),
+        (["output_format=avif"], "picture.avif", {"output_format": "avif"}),
+        (["-o", "a.png", "output_format=webp"], "a.png", {"output_format": "webp"}),
+        (["a=NaN", "b=true", "c=007", "d="], "picture.png", {"a": "NaN", "b": "true", "c": "007", "d": ""}),
+    ],
+)
+def test_the_ending_gives_the_format_and_values_are_numbers_or_text(
+    generate: Generate, tmp_path: Path, arguments: list[str], name: str, job_input: dict[str, object]
+):
+    with ending_its_job("COMPLETED", {"output": {"image": "aGk=", "seed": 1}}) as platform:
+        assert generate(platform, "7", *arguments) == (0, f"{name} seed 1\n", "")
+        (job,) = platform.jobs.values()
+    assert (tmp_path / name).read_bytes() == b"hi"
+    assert {"output_format": "png"} | job.request.input == {"output_format": "png", "prompt": "7"} | job_input
+
+
+def test_a_picture_in_a_bucket_is_downloaded(local_server: str, generate: Generate, tmp_path: Path):
+    # a file that is there to be downloaded
+    link = f"{local_server}/openapi.json"
+    with ending_its_job("COMPLETED", {"output": {"image_url": link, "seed": 1}}) as platform:
+        assert generate(platform, "the sea") == (0, "picture.png seed 1\n", "")
+    assert (tmp_path / "picture.png").read_bytes() == requests.get(link, timeout=10).content
+
+
+def test_the_sdks_local_server_is_an_endpoint(
+    platform: Platform, local_server: str, generate: Generate, tmp_path: Path
+):
+    status, _, warnings = generate(platform, "a cat", "num_inference_steps=2", ENDPOINT_URL=local_server)
+    assert (status, warnings) == (0, f"warning: {NOT_UNDERSTOOD}\n")
+    assert Image.open(tmp_path / "picture.png").size == (128, 128)
+    status, _, _ = generate(platform, "the sea", "width=65", ENDPOINT_URL=local_server)
+    assert str(status).endswith("ended as FAILED: invalid input: width: must be a multiple of 8, got 65")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "error"),
+    [
+        (["the sea", "width=65"], {}, "ended as FAILED: invalid input: width: must be a multiple of 8, got 65"),
+        (["the", "sea"], {}, "argument FIELD=VALUE: invalid field value: 'sea'"),
+        (["the sea", "-o", "."], {}, "generate.py: cannot write ."),
+        (["the sea", "-o", "nowhere/sea.png"], {}, "generate.py: cannot write nowhere/sea.png"),
+        (["the sea", "-o", "x" * 256], {}, "generate.py: [Errno 36] File name too long"),
+        (["the sea"], {"ENDPOINT_URL": ""}, "error: set ENDPOINT_ID and RUNPOD_API_KEY, or ENDPOINT_URL"),
+        (["the sea"], {"RUNPOD_API_KEY": "wrong"}, "generate.py: 401 Unauthorized"),
+        (["the sea"], {"ENDPOINT_URL": "https://127.0.0.1:9"}, "Connection refused"),
+        (["the sea"], {"ENDPOINT_URL": "localhost"}, "generate.py: Invalid URL"),
+        (["the sea"], {"ENDPOINT_URL": "", "ENDPOINT_ID": "nothing"}, "generate.py: 404 Client Error: Not Found"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    platform: Platform,
+    client: Client,
+    generate: Generate,
+    tmp_path: Path,
+    arguments: list[str],
+    settings: dict[str, str],
+    error: str,
+):
+    status, _, said = generate(platform, *arguments, **settings)
+    words = said.splitlines()[-1] if status == 2 else str(status)
+    assert error in words
+    assert "\n" not in words
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("state", "output", "error"),
+    [
+        ("CANCELLED", None, "ended as CANCELLED: it has no output"),
+        ("COMPLETED", None, "ended as COMPLETED: it has no output"),
+        ("COMPLETED", {"image_url": "http://127.0.0.1:9/", "seed": 1}, "Connection refused"),
+    ],
+)
+def test_a_job_without_a_picture_is_an_error(
+    generate: Generate, tmp_path: Path, state: str, output: dict[str, object] | None, error: str
+):
+    with ending_its_job(state, {"output": output}) as platform:
+        status, _, _ = generate(platform, "the sea")
+    assert error in str(status)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.process
+def test_it_outlives_a_failed_request_and_cancels_its_job_when_interrupted(tmp_path: Path):
+    with serving() as platform:
+        platform.faults += [Fault("/status/", status=502), Fault("/status/", delay=0.1)]
+        example = subprocess.Popen(
+            [sys.executable, SCRIPT, "the sea"],
+            cwd=tmp_path,
+            env=environment(platform),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        until(lambda: not platform.faults)
+        example.send_signal(signal.SIGINT)
+        _, said = example.communicate(timeout=20)
+        (job,) = platform.jobs.values()
+        assert (example.returncode, said, job.status) == (130, "", "CANCELLED")

@@ -1,0 +1,208 @@
+"""examples/generate.sh, against the stand-in of RunPod."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.support.client import Client, until
+from tests.support.examples import EXAMPLES, ending_its_job, environment, run
+from tests.support.platform_stub import Fault, Platform, serving
+from tests.support.processes import ROOT
+
+GENERATE = EXAMPLES / "generate.sh"
+
+
+def generate(platform: Platform, folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    return run([GENERATE, *arguments], folder, **environment(platform, **settings))
+
+
+def error_of(ran: subprocess.CompletedProcess[str]) -> str:
+    """The one line with which a failed script ends."""
+    assert (ran.returncode, ran.stdout) == (1, "")
+    return re.split("\n|\033\\[K", ran.stderr.strip())[-1].removeprefix("generate.sh: ")
+
+
+def test_any_prompt_becomes_a_picture(platform: Platform, client: Client, tmp_path: Path):
+    prompt = "a \"red\" circle\\n on\n a $(blue) `background` = '🎿' 山"
+    fields = ("negative_prompt=a = b", "num_inference_steps=3", "width=64", "height=72", "seed=9")
+    ran = generate(platform, tmp_path, prompt, *fields)
+    assert (ran.stdout, ran.returncode) == ("picture.png seed 9\n", 0), ran.stderr
+    picture = Image.open(tmp_path / "picture.png")
+    assert picture.size == (64, 72)
+    assert picture.text["parameters"].startswith(f"{prompt}\nNegative prompt: a = b\nSteps: 3, ")
+
+
+def test_several_pictures_are_numbered(platform: Platform, client: Client, tmp_path: Path):
+    fields = ("num_images=3", "num_inference_steps=2", "seed=4")
+    ran = generate(platform, tmp_path, "the sea", "-o", "sea.v1.JPG", *fields)
+    assert ran.stdout == "sea.v1-1.JPG seed 4\nsea.v1-2.JPG seed 5\nsea.v1-3.JPG seed 6\n", ran.stderr
+    assert {Image.open(path).format for path in tmp_path.iterdir()} == {"JPEG"}
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("arguments", "name", "job_input"),
+    [
+        (["-o", "a.JPG"], "a.JPG", {"output_format": "jpeg"}),
+        (["-o", "a.webp", "output_quality=10"], "a.webp", {"output_format": "webp", "output_quality": 10}),
+        (["-o", "v1.4"], "v1.4", {}),
+        (["output_format=avif"], "picture.avif", {"output_format": "avif"}),
+        (["-o", "a.png", "output_format=webp"], "a.png", {"output_format": "webp"}),
+        (
+            ["a=-1.5e3", "b=007", "c=NaN", "d=true", "e=", "f=9007199254740993", 'g="\\'],
+            "picture.png",
+            {
+                "output_format": "png",
+                "a": -1500,
+                "b": "007",
+                "c": "NaN",
+                "d": "true",
+                "e": "",
+                "f": 9007199254740993,
+                "g": '"\\',
+            },
+        ),
+    ],
+)
+def test_any_field_passes_through_and_the_ending_gives_the_format(
+    tmp_path: Path, arguments: list[str], name: str, job_input: dict[str, object]
+):
+    with ending_its_job("COMPLETED", {"output": {"image": "aGk=", "seed": 1}}) as platform:
+        ran = generate(platform, tmp_path, "7", *arguments)
+        (job,) = platform.jobs.values()
+    assert ran.stdout == f"{name} seed 1\n", ran.stderr
+    assert (tmp_path / name).read_bytes() == b"hi"
+    assert job.request.input == {"prompt": "7"} | job_input
+
+
+@pytest.mark.process
+def test_a_picture_in_a_bucket_is_downloaded(tmp_path: Path):
+    bucket = tmp_path / "bucket.png"
+    bucket.write_bytes(b"a picture")
+    output = {"image_url": bucket.as_uri(), "seed": 1, "warnings": ["careful"]}
+    with ending_its_job("COMPLETED", {"output": output}) as platform:
+        ran = generate(platform, tmp_path, "the sea")
+    assert (ran.stdout, ran.returncode) == ("picture.png seed 1\n", 0)
+    assert "warning: careful" in ran.stderr
+    assert (tmp_path / "picture.png").read_bytes() == b"a picture"
+
+
+def test_the_sdks_local_server_is_an_endpoint(local_server: str, platform: Platform, tmp_path: Path):
+    ran = generate(platform, tmp_path, "the sea", "num_inference_steps=2", ENDPOINT_URL=local_server + "/")
+    assert ran.returncode == 0, ran.stderr
+    assert Image.open(tmp_path / "picture.png").size == (128, 128)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "error"),
+    [
+        (["the sea", "width=65"], {}, r"job [\w-]+ ended as FAILED: invalid input: width: must be a multiple of 8, .*"),
+        (["the", "sea"], {}, "sea is not FIELD=VALUE; a prompt of several words needs quotes"),
+        (["the sea", "--seed", "3"], {}, "unknown option --seed, see --help"),
+        (["the sea", "-o"], {}, "-o needs the name of a file"),
+        ([], {}, "a prompt is needed, see --help"),
+        (["the sea", "-o", "nowhere/sea.png"], {}, "cannot write nowhere/sea.png"),
+        (["the sea", "-o", "."], {}, "cannot write ."),
+        (["the sea", "-o", "/proc/self/sea.png"], {}, "cannot write /proc/self/sea.png"),
+        (["the sea"], {"RUNPOD_API_KEY": "wrong"}, r"the API key was refused \(401\): check RUNPOD_API_KEY"),
+        (["the sea"], {"ENDPOINT_URL": "http://127.0.0.1:9"}, "no answer from http://127.0.0.1:9: curl: .*"),
+        (["the sea"], {"ENDPOINT_URL": ""}, "set ENDPOINT_ID and RUNPOD_API_KEY, or ENDPOINT_URL"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    platform: Platform, client: Client, tmp_path: Path, arguments: list[str], settings: dict[str, str], error: str
+):
+    assert re.fullmatch(error, error_of(generate(platform, tmp_path, *arguments, **settings)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_endpoint_that_does_not_exist_is_not_found(platform: Platform, client: Client, tmp_path: Path):
+    by_id = {"ENDPOINT_URL": "", "ENDPOINT_ID": "nothing", "RUNPOD_ENDPOINT_BASE_URL": f"{platform.url}/v2"}
+    for settings in (by_id, {"ENDPOINT_URL": f"{platform.url}/v2/nothing"}):
+        error = error_of(generate(platform, tmp_path, "the sea", **settings))
+        assert error.startswith("not found (404): check ENDPOINT_ID or ENDPOINT_URL")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("status", "output", "error"),
+    [
+        ("CANCELLED", None, "ended as CANCELLED"),
+        ("TIMED_OUT", None, "ended as TIMED_OUT"),
+        ("COMPLETED", None, "the job has no output: its result was over the platform's limit"),
+        ("COMPLETED", {"image": "aGk=", "seed": 1}, "cannot save x+.png: .*File name too long.*"),
+        ("COMPLETED", {"image_url": "http://127.0.0.1:9/", "seed": 1}, "cannot save x+.png: .*Connection refused.*"),
+    ],
+)
+def test_a_job_without_a_picture_is_an_error(tmp_path: Path, status: str, output: dict[str, object], error: str):
+    with ending_its_job(status, {"output": output}) as platform:
+        ran = generate(platform, tmp_path, "the sea", "-o", "x" * 252 + ".png")
+    assert re.search(f"{error}$", error_of(ran))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.process
+def test_an_answer_that_is_not_runpods_is_said_to_be_none(tmp_path: Path):
+    with serving() as platform:
+        platform.faults += [Fault("/run", text="<html>")]
+        error = error_of(generate(platform, tmp_path, "the sea"))
+    assert error == "this is not an answer of RunPod: check ENDPOINT_URL"
+
+
+def test_it_backs_off_while_the_endpoint_is_busy_or_broken(platform: Platform, client: Client, tmp_path: Path):
+    platform.faults += [
+        Fault("/run", status=429, times=2),
+        Fault("/status/", status=429),
+        Fault("/status/", drop=True),
+        Fault("/status/", status=502),
+    ]
+    ran = generate(platform, tmp_path, "the sea", "num_inference_steps=2")
+    assert ran.returncode == 0, ran.stderr
+    retries = re.findall(r"the endpoint is busy or broken \((\d+)\), trying again in (\d) s\n", ran.stderr)
+    assert retries == [("429", "1"), ("429", "2"), ("429", "1"), ("000", "2"), ("502", "4")]
+
+
+@pytest.mark.process
+def test_a_job_that_the_endpoint_may_have_taken_is_not_sent_again(tmp_path: Path):
+    with serving() as platform:
+        platform.faults += [Fault("/run", status=502)]
+        assert error_of(generate(platform, tmp_path, "the sea")).startswith("the endpoint answered 502: ")
+        assert not platform.jobs
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("route", ["/run", "/status/"])
+def test_ctrl_c_cancels_the_job_also_while_it_is_being_sent(tmp_path: Path, route: str):
+    with serving() as platform:
+        platform.faults += [Fault(route, delay=0.5)]
+        script = subprocess.Popen(
+            [GENERATE, "the sea"],
+            cwd=tmp_path,
+            env=os.environ | environment(platform),
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        until(lambda: not platform.faults)
+        os.killpg(script.pid, signal.SIGINT)
+        _, said = script.communicate(timeout=20)
+        assert script.returncode == 130
+        (job,) = platform.jobs.values()
+        assert f"cancelled job {job.id}" in said
+        assert job.status == "CANCELLED"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.process
+def test_shellcheck_finds_nothing():
+    scripts = [GENERATE, ROOT / ".ci" / "run", ROOT / "tests" / "image" / "build.sh"]
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    ran = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "")

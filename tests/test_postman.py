@@ -1,0 +1,111 @@
+"""The Postman collection, sent by newman, Postman's own runner."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from PIL import Image
+
+from src.api.picture import encode
+from src.api.request import OutputFormat
+from tests.support.client import Client, receiver, until
+from tests.support.examples import EXAMPLES
+from tests.support.platform_stub import Platform
+from tests.support.processes import ROOT
+
+POSTMAN = EXAMPLES / "postman"
+COLLECTION = POSTMAN / "stable-diffusion-worker.postman_collection.json"
+
+
+@pytest.fixture(scope="session")
+def newman() -> Path:
+    if not shutil.which("npm"):
+        pytest.skip("needs node and npm")
+    folder = ROOT / "tests" / "postman"
+    if not (folder / "node_modules").exists():
+        subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=folder, check=True, capture_output=True)
+    return folder / "node_modules" / ".bin" / "newman"
+
+
+def run_collection(
+    newman: Path, file: str, folder: Path, requests: Sequence[str] = (), **variables: str
+) -> dict[str, Any]:
+    """What newman reports of a run of the whole collection, or of some ``requests`` of it."""
+    report = folder / "report.json"
+    command = [newman, "run", COLLECTION, "-e", POSTMAN / file]
+    for request in requests:
+        command += ["--folder", request]
+    for name, value in variables.items():
+        command += ["--env-var", f"{name}={value}"]
+    ran = subprocess.run(
+        [*command, "--reporters", "cli,json", "--reporter-json-export", report],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stdout
+    return json.loads(report.read_text())["run"]
+
+
+def names_sent(run: dict[str, Any]) -> list[str]:
+    return [execution["item"]["name"] for execution in run["executions"] if execution.get("response")]
+
+
+def test_every_request_works_on_the_platform(newman: Path, platform: Platform, client: Client, tmp_path: Path):
+    url = f"{platform.url}/v2/local"
+    with receiver(200) as (webhook_url, received):
+        variables = {"base_url": url, "api_key": platform.key, "webhook_url": webhook_url, "allow_purge": "1"}
+        run = run_collection(newman, "runpod.postman_environment.json", tmp_path, **variables)
+        until(lambda: received)
+    assert list(dict.fromkeys(names_sent(run))) == [
+        "Generate",
+        "Status",
+        "Generate and wait",
+        "Several images",
+        "A bad request",
+        "Retry",
+        "Generate with a webhook",
+        "Generate with a policy",
+        "Cancel",
+        "Purge the queue",
+        "Health",
+    ]
+    assert names_sent(run).count("Status") > 1
+    assert run["stats"]["assertions"]["total"] >= 10
+
+
+def test_the_queue_is_purged_only_where_that_is_allowed(
+    newman: Path, platform: Platform, client: Client, tmp_path: Path
+):
+    variables = {"base_url": client.url, "api_key": platform.key}
+    requests = ["Generate with a webhook", "Purge the queue", "Health"]
+    run = run_collection(newman, "runpod.postman_environment.json", tmp_path, requests, **variables)
+    assert names_sent(run) == ["Health"]
+
+
+def test_the_requests_that_the_sdks_local_server_knows_work_there(newman: Path, local_server: str, tmp_path: Path):
+    run = run_collection(newman, "localhost.postman_environment.json", tmp_path, base_url=local_server)
+    assert names_sent(run) == ["Generate", "Status", "Generate and wait", "Several images", "A bad request"]
+
+
+def test_the_collection_knows_how_files_of_every_format_begin():
+    collection = json.loads(COLLECTION.read_text())
+    checks = re.findall(r"const BEGINNING = \{(.*?)\}", json.dumps(collection).replace('\\"', '"'))
+    beginnings = [dict(re.findall(r'(\w+): "([^"]+)"', check)) for check in checks]
+    assert beginnings and all(each == beginnings[0] for each in beginnings)
+    assert list(beginnings[0]) == list(get_args(OutputFormat))
+    for output_format, beginning in beginnings[0].items():
+        file = encode(Image.new("RGB", (8, 8)), "a cat", output_format, 90)
+        assert base64.b64encode(file).decode().startswith(beginning)
+
+
+def test_no_environment_holds_a_key():
+    for path in POSTMAN.glob("*.postman_environment.json"):
+        (key,) = [value for value in json.loads(path.read_text())["values"] if value["key"] == "api_key"]
+        assert (key["value"], key["type"]) == ("", "secret")
