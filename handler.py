@@ -49,6 +49,7 @@ def build_worker(settings: "Settings", progress_reports: "ProgressReports | None
     import_libraries()
     from runpod import RunPodLogger
 
+    from src.api import picture
     from src.model.loading import memory_in_use
     from src.worker import Worker
 
@@ -59,6 +60,7 @@ def build_worker(settings: "Settings", progress_reports: "ProgressReports | None
     engine = build_engine(settings, found=found)
     loaded = time.monotonic()
     engine.warm_up()
+    picture.warm_up()
     log.info(f"warm-up: {time.monotonic() - loaded:.1f} s")
     log.info(f"ready: {memory_in_use()}, {time.monotonic() - begun:.1f} s in all")
     return Worker(engine, settings, progress_reports)

@@ -3,8 +3,10 @@
 import io
 import struct
 from dataclasses import dataclass
+from typing import get_args
 
-from PIL import ExifTags, Image, TiffTags
+# without WebP's plugin, Pillow would import those of all formats for the first of its pictures
+from PIL import ExifTags, Image, TiffTags, WebPImagePlugin  # noqa: F401
 from PIL.PngImagePlugin import PngInfo
 
 from src.api.request import ImageRequest, Mark, OutputFormat
@@ -65,6 +67,12 @@ def encode(image: Image.Image, text: str, output_format: OutputFormat, quality: 
     else:
         image.save(file, format=output_format, quality=quality, exif=_exif(b"UNICODE\0" + text.encode("utf-16-be")))
     return file.getvalue()
+
+
+def warm_up() -> None:
+    """Encodes a picture in each format, so that what Pillow imports for it is there before the first job."""
+    for output_format in get_args(OutputFormat):
+        encode(Image.new("RGB", (8, 8)), "", output_format, quality=90)
 
 
 def _exif(comment: bytes) -> bytes:
