@@ -1,5 +1,6 @@
 """The benches run; what they measure here means nothing."""
 
+import gc
 import re
 import subprocess
 import sys
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import cold_start, memory
+from src.model import loading
+from tests.bench import cold_start, gpu, memory
+from tests.bench.gpu import GRAPHS, Measured
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,10 +26,51 @@ def test_a_start_is_measured(way: str, v1_4_repository: Path):
 def test_every_way_to_generate_is_measured():
     command = [sys.executable, "-m", "tests.bench.gpu", "--small", "--runs", "1", "--steps", "2", "--price", "1"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    ways = re.findall(r"^(.{36}) {6}([14])(?: +\d+\.\d+){5}$", printed, re.M)
-    assert len(ways) == len(set(ways)) == 2 * 7
-    assert printed.count("device idle between two queued calls, this worker") == 4
+    rows = re.findall(r"^(.{42}) {6}([14])(?: +\d+\.\d+){4} +(\d+\.\d|nan) +(\d+\.\d|nan) +\d+\.\d+$", printed, re.M)
+    assert len(set(rows)) == 2 * (3 + len(gpu.SETTINGS) + len(gpu.CHANGES))
+    assert {name.split(",")[0] for name, _, *times in rows if "nan" in times} == {"baseline handler"}
+    assert printed.count("device idle between two queued calls, ") == len(gpu.SETTINGS)
     assert re.search(r"^floor: \S+ TFLOP of the UNet a picture / \S+ TFLOP/s = \d+\.\d+ s$", printed, re.M)
+    assert re.search(r"^set .+\nwhy: .+\nwhy: .+\n", printed, re.M)
+
+
+def test_a_full_size_model_is_not_measured_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "on a CPU only --small makes sense" in capsys.readouterr().err
+
+
+def test_nothing_is_left_of_a_worker_that_was_measured(
+    tmp_path: Path, v1_4_repository: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loading, "StableDiffusionPipeline", gpu.TimedPipeline)
+    (tmp_path / "baked").symlink_to(v1_4_repository)
+    gpu.worker(tmp_path, 1, 1, gpu.CHANGES["PNDM, timesteps on the CPU"])
+    gc.collect()
+    assert not [each for each in gc.get_objects() if isinstance(each, gpu.TimedPipeline)]
+
+
+def rows(**seconds: float) -> dict[str, list[Measured]]:
+    """A second for a picture and three for four, times what is given for a way."""
+    taken = dict.fromkeys([*gpu.SETTINGS, *gpu.CHANGES], 1.0) | seconds
+    return {name: [Measured(one, 2**30, 20, 12), Measured(3 * one, 2**31, 20, 40)] for name, one in taken.items()}
+
+
+def test_the_fastest_settings_are_advised_and_why():
+    advice = list(gpu.advice(rows(**{GRAPHS: 0.5, "ATTENTION_SLICING=off": 0.9, "cudnn.benchmark": 0.4, "DDIM": 0.1})))
+    assert advice[:4] == [
+        "set ACCELERATION=graphs: 2.00 times as fast for 1, 2.00 times as fast for 4, +0.00 GiB",
+        "why: a step of 1 takes the host 20.0 ms, the device 12.0 ms: the host is the limit, which graphs relieve",
+        "why: a step of 4 takes the host 20.0 ms, the device 40.0 ms: the device is the limit",
+        "channels_last UNet: not worth a setting, 0.50 times as fast for 1, 0.50 times as fast for 4, +0.00 GiB",
+    ]
+    assert "cudnn.benchmark: worth a setting, 1.25 times as fast for 1, 1.25 times as fast for 4, +0.00 GiB" in advice
+    assert len(advice) == 3 + len(gpu.CHANGES) - 1
+
+
+def test_no_setting_is_advised_for_a_difference_that_is_noise():
+    assert next(gpu.advice(rows(**{GRAPHS: 0.98}))) == "set nothing: no setting makes this worker 3% faster"
 
 
 @pytest.mark.parametrize(

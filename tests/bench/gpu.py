@@ -1,8 +1,11 @@
-"""How fast a picture can be: ``python -m tests.bench.gpu``.
+"""How fast a picture can be, and which settings make it so: ``python -m tests.bench.gpu``.
 
-One run, on one device, with a full-size v1-4 of random weights, which is as fast as the real one: the baseline's
-handler, plain diffusers, and this worker, for one picture and for a batch of four. Also the time that the device
-waits between two queued calls, and the floor: the UNet's operations by count over the device's measured matrix rate.
+One run on one device, with a full-size v1-4 of random weights, which is as fast as the real one: plain diffusers, the
+baseline's handler, this worker with each of its settings, and this worker with what is no setting yet, for one picture
+and for a batch of four. A step is one call of the UNet with guidance: ``host ms`` is how long the host needs to launch
+it, ``device ms`` how long the device needs to compute it once it is launched; the longer of the two is what it takes.
+Also the time for which the device waits between two queued calls, the floor (the UNet's operations by count over the
+device's measured matrix rate), and what to set on this device.
 
 ``--small`` does the same with a shrunken model, which any CPU can: it shows that the bench works and nothing else.
 """
@@ -10,14 +13,25 @@ waits between two queued calls, and the floor: the UNet's operations by count ov
 import argparse
 import asyncio
 import gc
+import os
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any, ClassVar
+from unittest import mock
 
+from src.startup.import_libraries import import_libraries
+
+# read at import: PyTorch's own kernels are measured, not those that it would have Triton compile meanwhile
+os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")
+import_libraries()
+
+import diffusers
 import torch
 from diffusers import StableDiffusionPipeline
 from runpod import RunPodLogger
@@ -26,25 +40,42 @@ from torch.utils.flop_counter import FlopCounterMode
 import handler
 from src.api.request import ImageRequest
 from src.model import loading
+from src.schedulers import SCHEDULERS
 from src.settings import Settings
-from src.startup.import_libraries import import_libraries
 from tests.bench import cold_start
+from tests.support.engines import pipe_of, shut_down
 from tests.support.v1_4 import make_repository
 
+PLAIN = "plain diffusers"
 PROMPT = "A double-black diamond mountain to ski on near Seattle."
 CALLS = (1, 4)
 """Images in a call."""
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.float16 if CUDA else torch.float32
+WARM_UPS = 2
+"""Calls that are not counted: graphs are captured in the second with a shape."""
+HEAD_START = 400_000_000
+"""The device's cycles, about 0.2 s, in which the host launches a whole step before the device begins with it."""
+WORTH_IT = 1.03
+"""Times as fast: less is noise."""
 
 
 @dataclass(frozen=True)
 class Measured:
+    """Of calls with one number of images: medians."""
+
     seconds: float
-    """Of a call, the median."""
+    """Of a call."""
     memory: int
     """Bytes that PyTorch has taken of the device at most; what graphs replay into counts only so."""
+    host: float = float("nan")
+    """Milliseconds of a step."""
+    device: float = float("nan")
+
+
+Rows = list[Measured]
+"""One for each of ``CALLS``."""
 
 
 class TimedPipeline(StableDiffusionPipeline):
@@ -57,6 +88,65 @@ class TimedPipeline(StableDiffusionPipeline):
         generated = super().__call__(*args, **kwargs)
         self.calls.append((begun, now()))
         return generated
+
+
+@contextmanager
+def channels_last(part: str, pipe: StableDiffusionPipeline) -> Iterator[None]:
+    getattr(pipe, part).to(memory_format=torch.channels_last)
+    yield
+
+
+@contextmanager
+def cudnn_benchmark(pipe: StableDiffusionPipeline) -> Iterator[None]:
+    with torch.backends.cudnn.flags(benchmark=True):
+        yield
+
+
+@contextmanager
+def timesteps_on_cpu(scheduler: str, pipe: StableDiffusionPipeline) -> Iterator[None]:
+    """Has the scheduler look its tables up without waiting for the device."""
+    kind = getattr(diffusers, SCHEDULERS[scheduler].class_name)
+    set_timesteps, forward = kind.set_timesteps, pipe.unet.forward
+
+    def on_cpu(self: Any, steps: int, device: object = None) -> None:
+        set_timesteps(self, steps, device="cpu")
+
+    def moved(sample: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(sample, timestep.to(sample.device, non_blocking=True), *args, **kwargs)
+
+    with mock.patch.object(kind, "set_timesteps", on_cpu), mock.patch.object(pipe.unet, "forward", moved):
+        yield
+
+
+@dataclass(frozen=True)
+class Way:
+    """This worker with some settings, and with a change to its pipeline that is no setting."""
+
+    settings: dict[str, Any]
+    reference: str | None
+    """The way that it is compared with."""
+    change: Callable[[StableDiffusionPipeline], AbstractContextManager[None]] = lambda pipe: nullcontext()
+    scheduler: str = "PNDM"
+
+
+DEFAULTS, GRAPHS = "this worker", "ACCELERATION=graphs"
+WITH_GRAPHS = {"acceleration": "graphs"}
+SETTINGS = {
+    DEFAULTS: Way({}, None),
+    "ATTENTION_SLICING=off": Way({"attention_slicing": "off"}, DEFAULTS),
+    GRAPHS: Way(WITH_GRAPHS, DEFAULTS),
+    f"{GRAPHS} ATTENTION_SLICING=off": Way(WITH_GRAPHS | {"attention_slicing": "off"}, DEFAULTS),
+}
+"""By what is set."""
+CHANGES = {
+    "channels_last UNet": Way(WITH_GRAPHS, GRAPHS, partial(channels_last, "unet")),
+    "channels_last VAE": Way(WITH_GRAPHS, GRAPHS, partial(channels_last, "vae")),
+    "cudnn.benchmark": Way(WITH_GRAPHS, GRAPHS, cudnn_benchmark),
+    "PNDM, timesteps on the CPU": Way(WITH_GRAPHS, GRAPHS, partial(timesteps_on_cpu, "PNDM")),
+    "DDIM": Way(WITH_GRAPHS, None, scheduler="DDIM"),
+    "DDIM, timesteps on the CPU": Way(WITH_GRAPHS, "DDIM", partial(timesteps_on_cpu, "DDIM"), scheduler="DDIM"),
+}
+"""With graphs, where the host does not hide what a change does for the device."""
 
 
 def now() -> Any:
@@ -75,9 +165,9 @@ def milliseconds(before: Any, after: Any) -> float:
     return float(before.elapsed_time(after))
 
 
-def measure(generate: Callable[[int], object], images: int, runs: int, *, warm: bool = True) -> Measured:
-    """Generates ``images`` in a call, ``runs`` times, after one that is not counted if ``warm``."""
-    if warm:
+def measure(generate: Callable[[int], object], images: int, runs: int, *, warm_ups: int = WARM_UPS) -> Measured:
+    """Generates ``images`` in a call, ``runs`` times after those that are not counted."""
+    for _ in range(warm_ups):
         generate(images)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
@@ -89,6 +179,36 @@ def measure(generate: Callable[[int], object], images: int, runs: int, *, warm: 
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
     return Measured(median(times), torch.cuda.max_memory_reserved() if CUDA else 0)
+
+
+@torch.inference_mode()
+def step_times(pipe: StableDiffusionPipeline, images: int, runs: int) -> dict[str, float]:
+    """Milliseconds of one step with guidance: of the host to launch it, of the device to compute it.
+
+    The launch queue takes about 1,024 kernels. With more, as diffusers' slicing has, each waits for the other.
+    """
+    inputs = unet_inputs(pipe.unet, images)
+    host, device = [], []
+    # the first is not counted
+    for _ in range(1 + runs):
+        if CUDA:
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        pipe.unet(*inputs, return_dict=False)
+        host.append(1000 * (time.perf_counter() - begun))
+        if CUDA:
+            torch.cuda._sleep(HEAD_START)
+        begun = now()
+        pipe.unet(*inputs, return_dict=False)
+        device.append(milliseconds(begun, now()))
+    return {"host": median(host[1:]), "device": median(device[1:])}
+
+
+def unet_inputs(unet: torch.nn.Module, images: int) -> list[torch.Tensor]:
+    """Zeros for one step with guidance."""
+    size, width = unet.config.sample_size, unet.config.cross_attention_dim
+    shapes = (2 * images, unet.config.in_channels, size, size), (), (2 * images, 77, width)
+    return [torch.zeros(shape, device=DEVICE, dtype=DTYPE) for shape in shapes]
 
 
 def empty_device() -> None:
@@ -106,47 +226,51 @@ def load_plain(folder: Path, *, sliced: bool) -> StableDiffusionPipeline:
     return pipe
 
 
-def baseline(models: Path, steps: int, runs: int) -> list[Measured]:
+def baseline(models: Path, steps: int, runs: int) -> Rows:
     def generate(images: int) -> None:
         empty_device()
         pipe = load_plain(models / "hub", sliced=True)
         pipe([PROMPT] * images, num_inference_steps=steps)
 
     # it has nothing to warm up
-    return [measure(generate, images, runs, warm=False) for images in CALLS]
+    return [measure(generate, images, runs, warm_ups=0) for images in CALLS]
 
 
-def plain(models: Path, steps: int, runs: int, *, sliced: bool) -> list[Measured]:
+def plain(models: Path, steps: int, runs: int, *, sliced: bool) -> Rows:
     empty_device()
     pipe = load_plain(models / "baked", sliced=sliced)
-    return [
-        measure(lambda images: pipe([PROMPT] * images, num_inference_steps=steps), images, runs) for images in CALLS
-    ]
+
+    def generate(images: int) -> None:
+        pipe([PROMPT] * images, num_inference_steps=steps)
+
+    return [replace(measure(generate, images, runs), **step_times(pipe, images, runs)) for images in CALLS]
 
 
-def worker(models: Path, steps: int, runs: int, **settings: Any) -> tuple[list[Measured], float]:
+def worker(models: Path, steps: int, runs: int, way: Way) -> tuple[Rows, float]:
     """What its calls take, and the median of what the device waits between two of them that are queued."""
     empty_device()
-    given = Settings(model_id=str(models / "baked"), max_batch_images=max(CALLS), **settings)
-    engine = handler.build_engine(given)
+    engine = handler.build_engine(Settings(model_id=str(models / "baked"), max_batch_images=max(CALLS), **way.settings))
 
     def request(**job_input: Any) -> ImageRequest:
-        return ImageRequest.parse({"prompt": PROMPT, "num_inference_steps": steps} | job_input, engine.limits)
+        common = {"prompt": PROMPT, "num_inference_steps": steps, "scheduler": way.scheduler}
+        return ImageRequest.parse(common | job_input, engine.limits)
+
+    def generate(images: int) -> None:
+        asyncio.run(engine.generate(request(num_images=images)))
 
     async def generate_both() -> None:
         # of different guidance, so that they cannot share a batch
         await asyncio.gather(*(engine.generate(request(guidance_scale=scale)) for scale in (7, 8)))
 
-    measured = [
-        measure(lambda images: asyncio.run(engine.generate(request(num_images=images))), images, runs)
-        for images in CALLS
-    ]
-    waits = []
-    for _ in range(runs):
-        TimedPipeline.calls.clear()
-        asyncio.run(generate_both())
-        (_, first_ends), (second_begins, _) = TimedPipeline.calls
-        waits.append(milliseconds(first_ends, second_begins))
+    pipe, waits = pipe_of(engine), []
+    with way.change(pipe):
+        measured = [replace(measure(generate, images, runs), **step_times(pipe, images, runs)) for images in CALLS]
+        for _ in range(runs):
+            TimedPipeline.calls.clear()
+            asyncio.run(generate_both())
+            (_, first_ends), (second_begins, _) = TimedPipeline.calls
+            waits.append(milliseconds(first_ends, second_begins))
+    shut_down(engine)
     return measured, median(waits)
 
 
@@ -155,23 +279,47 @@ def floor(models: Path, steps: int) -> tuple[float, float]:
     empty_device()
     with torch.no_grad():
         unet = load_plain(models / "baked", sliced=False).unet
-        size, channels = unet.config.sample_size, unet.config.in_channels
-        inputs = [
-            torch.zeros(2, channels, size, size),
-            torch.zeros(()),
-            torch.zeros(2, 77, unet.config.cross_attention_dim),
-        ]
         with FlopCounterMode(display=False) as counted:
-            unet(*(each.to(DEVICE, DTYPE) for each in inputs))
+            unet(*unet_inputs(unet, 1))
         n = 8192 if CUDA else 1024
         a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in "ab")
         rate = 2 * n**3 / measure(lambda _: a @ b, 1, 20).seconds
     return float(counted.get_total_flops() * steps), rate
 
 
+def times_as_fast(measured: Rows, reference: Rows) -> list[float]:
+    return [other.seconds / one.seconds for one, other in zip(measured, reference, strict=True)]
+
+
+def advice(rows: dict[str, Rows]) -> Iterator[str]:
+    """What to set on this device, what is worth a setting, and why."""
+
+    def gain(name: str, reference: str) -> float:
+        return geometric_mean(times_as_fast(rows[name], rows[reference]))
+
+    def compared(name: str, reference: str) -> str:
+        gains = zip(CALLS, times_as_fast(rows[name], rows[reference]), strict=True)
+        more = max(one.memory - other.memory for one, other in zip(rows[name], rows[reference], strict=True))
+        speeds = ", ".join(f"{gain:.2f} times as fast for {images}" for images, gain in gains)
+        return f"{speeds}, {more / 2**30:+.2f} GiB"
+
+    best = max(SETTINGS, key=lambda name: gain(name, DEFAULTS))
+    if gain(best, DEFAULTS) < WORTH_IT:
+        yield f"set nothing: no setting makes {DEFAULTS} {WORTH_IT - 1:.0%} faster"
+    else:
+        yield f"set {best}: {compared(best, DEFAULTS)}"
+    for images, one in zip(CALLS, rows[DEFAULTS], strict=True):
+        limit = "host is the limit, which graphs relieve" if one.host > one.device else "device is the limit"
+        yield f"why: a step of {images} takes the host {one.host:.1f} ms, the device {one.device:.1f} ms: the {limit}"
+    for name, way in CHANGES.items():
+        if way.reference:
+            verdict = "worth a setting" if gain(name, way.reference) >= WORTH_IT else "not worth a setting"
+            yield f"{name}: {verdict}, {compared(name, way.reference)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how fast a picture can be.")
-    parser.add_argument("--runs", type=int, default=5, help="of each kind, after one that is not counted")
+    parser.add_argument("--runs", type=int, default=5, help="of each kind, after those that are not counted")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--memory", type=float, help="GiB of the device's memory that may be used, such as 24")
     parser.add_argument("--price", type=float, help="of a second of the device, in dollars")
@@ -180,7 +328,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if not CUDA and not arguments.small:
         parser.error("there is no CUDA device: on a CPU only --small makes sense")
-    import_libraries()
     RunPodLogger().set_level("WARN")
     if CUDA and arguments.memory:
         share = arguments.memory * 2**30 / torch.cuda.get_device_properties(0).total_memory
@@ -200,39 +347,38 @@ def main() -> None:
 
 def report(models: Path, steps: int, runs: int, price: float | None) -> None:
     print(f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, PyTorch {torch.__version__}, {steps} steps")
-    columns = f"{'':<36}{'images':>7}{'s/picture':>11}{'pictures/s':>12}{'GiB':>7}{'x plain':>9}"
+    columns = f"{'':<42}{'images':>7}{'s/picture':>11}{'pictures/s':>12}{'x plain':>9}{'GiB':>7}"
+    columns += f"{'host ms':>9}{'device ms':>11}"
     print(columns + (f"{'$/1000':>9}" if price else ""))
-    reference = plain(models, steps, runs, sliced=False)
+    rows: dict[str, Rows] = {}
+    waits: dict[str, float] = {}
 
-    def show(name: str, measured: list[Measured]) -> None:
-        for images, one, plain_one in zip(CALLS, measured, reference, strict=True):
+    def show(name: str, measured: Rows) -> None:
+        rows[name] = measured
+        speeds = times_as_fast(measured, rows[PLAIN])
+        for images, one, speed in zip(CALLS, measured, speeds, strict=True):
             rate = images / one.seconds
             print(
-                f"{name:<36}{images:>7}{1 / rate:>11.3f}{rate:>12.3f}{one.memory / 2**30:>7.2f}"
-                f"{plain_one.seconds / one.seconds:>9.2f}" + (f"{1000 * price / rate:>9.3f}" if price else ""),
+                f"{name:<42}{images:>7}{1 / rate:>11.3f}{rate:>12.3f}{speed:>9.2f}{one.memory / 2**30:>7.2f}"
+                f"{one.host:>9.1f}{one.device:>11.1f}" + (f"{1000 * price / rate:>9.3f}" if price else ""),
                 flush=True,
             )
 
-    show("plain diffusers", reference)
-    show("plain diffusers, slicing", plain(models, steps, runs, sliced=True))
+    show(PLAIN, plain(models, steps, runs, sliced=False))
+    show(f"{PLAIN}, slicing", plain(models, steps, runs, sliced=True))
     show("baseline handler, loads each time", baseline(models, steps, min(runs, 3)))
-    waits = {}
-    for name, settings in (
-        ("this worker", {}),
-        ("this worker, no slicing", {"attention_slicing": "off"}),
-        ("this worker, graphs", {"acceleration": "graphs"}),
-        ("this worker, graphs, no slicing", {"acceleration": "graphs", "attention_slicing": "off"}),
-    ):
-        measured, waits[name] = worker(models, steps, runs, **settings)
+    for name, way in (SETTINGS | CHANGES).items():
+        measured, waits[name] = worker(models, steps, runs, way)
         show(name, measured)
     print()
-    for name, wait in waits.items():
-        print(f"device idle between two queued calls, {name}: {wait:.1f} ms")
+    for name in SETTINGS:
+        print(f"device idle between two queued calls, {name}: {waits[name]:.1f} ms")
     operations, rate = floor(models, steps)
     print(
         f"floor: {operations / 1e12:.3g} TFLOP of the UNet a picture / {rate / 1e12:.3g} TFLOP/s = "
         f"{operations / rate:.3f} s"
     )
+    print(*advice(rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,14 @@ def pipe_of(engine: Engine) -> StableDiffusionPipeline:
     return engine._runner._pipe
 
 
+def shut_down(engine: Engine) -> None:
+    """Ends the engine's threads, which hold its pipeline until then."""
+    engine._thread.shutdown()
+    for thread in threading.enumerate():
+        if thread.name == "stall watch":
+            thread.join()
+
+
 def request_for(engine: Engine, **job_input: Any) -> ImageRequest:
     return ImageRequest.parse({"prompt": "a cat", "seed": 3, "num_inference_steps": 2} | job_input, engine.limits)
 
