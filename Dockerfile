@@ -35,7 +35,7 @@ ARG MODEL_REVISION=
 ARG HF_ENDPOINT=https://huggingface.co
 COPY builder/__init__.py builder/fetch_model.py builder/
 COPY src/__init__.py src/errors.py src/settings.py src/
-COPY src/model/__init__.py src/model/repository.py src/model/
+COPY src/model/__init__.py src/model/cuda_driver.py src/model/repository.py src/model/
 RUN --mount=type=cache,target=/tmp/huggingface --mount=type=secret,id=hf_token \
     [ -z "$MODEL_ID" ] \
     || HF_HOME=/tmp/huggingface HF_TOKEN_PATH=/run/secrets/hf_token PYTHONDONTWRITEBYTECODE=1 \
