@@ -28,3 +28,16 @@ SCHEDULERS = {
     "UniPCMultistep": Scheduler("UniPCMultistepScheduler"),
 }
 """The names that Cog's Stable Diffusion and RunPod's SDXL worker use, and one more (UniPC) in the same style."""
+
+TRAINED = frozenset(
+    (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "prediction_type",
+        "rescale_betas_zero_snr",
+    )
+)
+"""The configuration that is the model's rather than a scheduler's: with other values, every scheduler paints noise."""

@@ -1,5 +1,6 @@
 """Runs one batch through the diffusers pipeline."""
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from src.api.request import ImageRequest, Mark, ModelLimits
 from src.errors import JobError
 from src.generation.cuda_graphs import GraphedStep
 from src.model.demo.vocabulary import vocabulary_warnings
-from src.schedulers import SCHEDULERS
+from src.schedulers import SCHEDULERS, TRAINED
 from src.settings import DEMO_MODEL_ID
 
 ARGUMENTS = ImageRequest.fields_without(Mark.NOT_AN_ARGUMENT)
@@ -106,13 +107,18 @@ class BatchRunner:
         """A scheduler without state, made from the configuration of the model's own."""
         own = self._pipe.scheduler
         if name == self._own_scheduler:
-            return type(own).from_config(own.config)
+            # from_config would undo what the pipeline corrects in old configurations
+            return copy.deepcopy(own)
         # recent diffusers save defaults too; drop them so they do not override the other class's defaults, such as its
         # timestep spacing
         defaults = inspect.signature(type(own)).parameters
         config = {
-            key: value for key, value in own.config.items() if key not in defaults or value != defaults[key].default
+            key: value
+            for key, value in own.config.items()
+            if key in TRAINED or key not in defaults or value != defaults[key].default
         }
+        # diffusers' own list of what to drop, which holds what the model was trained with
+        config.pop("_use_default_values", None)
         scheduler = SCHEDULERS[name]
         return getattr(diffusers, scheduler.class_name).from_config(config, **scheduler.options)
 
