@@ -115,7 +115,7 @@ def _titled(schema: dict[str, Any], title: str) -> dict[str, Any]:
 def _default(name: str, field: dict[str, Any]) -> str:
     if name == "prompt":
         return "required"
-    return f"`{json.dumps(field['default'])}`" if "default" in field else "random, below 2^32"
+    return f"`{json.dumps(field['default'])}`"
 
 
 def _bounds(field: dict[str, Any]) -> str:

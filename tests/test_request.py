@@ -55,7 +55,9 @@ def test_null_means_the_default():
 
 
 def test_seeds_are_drawn_anew_and_count_up():
-    assert parse().seed != parse().seed
+    drawn = {parse().seed, parse().seed, parse(seed=-1).seed, parse(seed=-1.0).seed, parse(seed=None).seed}
+    assert len(drawn) == 5
+    assert min(drawn) >= 0 and max(drawn) < 2**32
     assert parse(seed=7, num_images=3).seeds == [7, 8, 9]
 
 
@@ -68,7 +70,7 @@ def test_seeds_are_drawn_anew_and_count_up():
         ("height", [64, 72, 1024, 512.0], [0, 56, 63, 65, 1023, 1032, 512.5, -64]),
         ("num_inference_steps", [1, 150, 20.0], [0, 151, -1, 1.5]),
         ("guidance_scale", [0, 30, 7.25, 7], [-0.001, 30.001, -1, 31]),
-        ("seed", [0, MAX_SEED, 5.0], [-1, MAX_SEED + 1, 0.5]),
+        ("seed", [0, MAX_SEED, 5.0], [-2, MAX_SEED + 1, 0.5]),
         ("num_images", [1, 4], [0, 5]),
         ("output_format", ["png", "jpeg", "webp"], ["", "PNG", "jpg", "gif"]),
         ("output_quality", [1, 100, 90.0], [0, 101, 0.9]),
@@ -150,6 +152,7 @@ def test_all_errors_are_reported_together():
         ("negative", "negative_prompt"),
         ("sampler", "scheduler"),
         ("sampler_name", "scheduler"),
+        ("size", "width and height"),
     ],
 )
 def test_the_nearest_name_is_suggested(name: str, meant: str):

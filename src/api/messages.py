@@ -21,6 +21,7 @@ OTHER_NAMES = {
     "sampler": "scheduler",
     "sampler_index": "scheduler",
     "sampler_name": "scheduler",
+    "size": "width and height",
 }
 """What web UIs and other workers call a field, where the names are too different for fuzzy matching."""
 

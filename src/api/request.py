@@ -39,6 +39,8 @@ MAX_GUIDANCE = 30
 """Maxima of AUTOMATIC1111's sliders, as is ``MAX_STEPS``."""
 MAX_IMAGES = 4
 """As in Cog's Stable Diffusion. Four PNGs of 1024 x 1024 come near the platform's limit for a result."""
+RANDOM_SEED = -1
+"""Asks for the default, as in web UIs and RunPod's public endpoints."""
 MAX_SEED = 2**53 - 1
 """The largest integer that a JSON client can hold exactly (IEEE 754 double)."""
 
@@ -108,10 +110,11 @@ class ImageRequest(BaseModel):
     num_inference_steps: Integer = Field(50, ge=1, le=MAX_STEPS, description="Denoising steps")
     guidance_scale: Number = Field(7.5, ge=0, le=MAX_GUIDANCE, description="How closely to follow the prompt")
     seed: Annotated[Integer, Mark.PER_IMAGE, Mark.NOT_AN_ARGUMENT] = Field(
-        default_factory=lambda: secrets.randbits(32),
-        ge=0,
+        RANDOM_SEED,
+        validate_default=True,
+        ge=RANDOM_SEED,
         le=MAX_SEED,
-        description="Seed of the first image; image i uses seed + i",
+        description="Seed of the first image; image i uses seed + i; -1 draws one below 2^32",
     )
     num_images: Annotated[Integer, Mark.PER_IMAGE, Mark.NOT_AN_ARGUMENT] = Field(
         1, ge=1, le=MAX_IMAGES, description="Number of images"
@@ -179,6 +182,11 @@ class ImageRequest(BaseModel):
                 {"minimum": minimum, "maximum": f"{MAX_PROMPT_LENGTH:,}", "length": f"{len(value):,}"},
             )
         return value
+
+    @field_validator("seed")
+    @classmethod
+    def _drawn(cls, value: int) -> int:
+        return secrets.randbits(32) if value == RANDOM_SEED else value
 
     @field_validator("width", "height")
     @classmethod
