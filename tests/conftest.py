@@ -1,5 +1,6 @@
 import gc
 import os
+import sys
 
 # imports leave no garbage: collecting during them only takes time
 gc.disable()
@@ -7,11 +8,15 @@ os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
 # small models gain nothing from more threads, and the machine has several processes of them to run
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if not any("gpu" in argument for argument in sys.argv):
+    # without -m gpu the tests compute on the CPU, wherever they run
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import fcntl
+import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -70,9 +75,14 @@ def demo_engine(demo_pipe: StableDiffusionPipeline) -> Engine:
     return engines.around(demo_pipe, "demo")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--small", action="store_true", help="run what a CPU can of the tests that need a CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def gpu(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+    needs_device = request.node.get_closest_marker("gpu") and not request.config.getoption("small")
+    if needs_device and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 
 
@@ -84,7 +94,7 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-PROCESS_FIXTURES = {"platform", "local_server", "newman"}
+PROCESS_FIXTURES = {"platform", "local_server", "node_modules"}
 """Fixtures that start a process: the tests that use them get the ``process`` marker."""
 
 
@@ -130,6 +140,20 @@ def client(platform: Platform) -> Iterator[Client]:
     yield Client(platform)
     assert platform.faults == []
     assert platform.workers["worker-1"].process.poll() is None
+
+
+@pytest.fixture(scope="session")
+def node_modules() -> Path:
+    """The packages from npm that tests use, installed where that was not done yet."""
+    if not shutil.which("npm"):
+        pytest.skip("needs node and npm")
+    folder = Path(__file__).parent / "node"
+    lock, installed = folder / "package-lock.json", folder / "node_modules" / ".package-lock.json"
+    with lock.open() as turns:
+        fcntl.flock(turns, fcntl.LOCK_EX)
+        if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
+            subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=folder, check=True, capture_output=True)
+    return folder / "node_modules"
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,11 @@
 import base64
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import pytest
 from PIL import Image
 
 from src.api.picture import encode
@@ -17,28 +15,17 @@ from src.api.request import OutputFormat
 from tests.support.client import Client, receiver, until
 from tests.support.examples import EXAMPLES
 from tests.support.platform_stub import Platform
-from tests.support.processes import ROOT
 
 POSTMAN = EXAMPLES / "postman"
 COLLECTION = POSTMAN / "stable-diffusion-worker.postman_collection.json"
 
 
-@pytest.fixture(scope="session")
-def newman() -> Path:
-    if not shutil.which("npm"):
-        pytest.skip("needs node and npm")
-    folder = ROOT / "tests" / "postman"
-    if not (folder / "node_modules").exists():
-        subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=folder, check=True, capture_output=True)
-    return folder / "node_modules" / ".bin" / "newman"
-
-
 def run_collection(
-    newman: Path, file: str, folder: Path, requests: Sequence[str] = (), **variables: str
+    node_modules: Path, file: str, folder: Path, requests: Sequence[str] = (), **variables: str
 ) -> dict[str, Any]:
     """What newman reports of a run of the whole collection, or of some ``requests`` of it."""
     report = folder / "report.json"
-    command = [newman, "run", COLLECTION, "-e", POSTMAN / file]
+    command = [node_modules / ".bin" / "newman", "run", COLLECTION, "-e", POSTMAN / file]
     for request in requests:
         command += ["--folder", request]
     for name, value in variables.items():
@@ -57,11 +44,11 @@ def names_sent(run: dict[str, Any]) -> list[str]:
     return [execution["item"]["name"] for execution in run["executions"] if execution.get("response")]
 
 
-def test_every_request_works_on_the_platform(newman: Path, platform: Platform, client: Client, tmp_path: Path):
+def test_every_request_works_on_the_platform(node_modules: Path, platform: Platform, client: Client, tmp_path: Path):
     url = f"{platform.url}/v2/local"
     with receiver(200) as (webhook_url, received):
         variables = {"base_url": url, "api_key": platform.key, "webhook_url": webhook_url, "allow_purge": "1"}
-        run = run_collection(newman, "runpod.postman_environment.json", tmp_path, **variables)
+        run = run_collection(node_modules, "runpod.postman_environment.json", tmp_path, **variables)
         until(lambda: received)
     assert list(dict.fromkeys(names_sent(run))) == [
         "Generate",
@@ -81,16 +68,16 @@ def test_every_request_works_on_the_platform(newman: Path, platform: Platform, c
 
 
 def test_the_queue_is_purged_only_where_that_is_allowed(
-    newman: Path, platform: Platform, client: Client, tmp_path: Path
+    node_modules: Path, platform: Platform, client: Client, tmp_path: Path
 ):
     variables = {"base_url": client.url, "api_key": platform.key}
     requests = ["Generate with a webhook", "Purge the queue", "Health"]
-    run = run_collection(newman, "runpod.postman_environment.json", tmp_path, requests, **variables)
+    run = run_collection(node_modules, "runpod.postman_environment.json", tmp_path, requests, **variables)
     assert names_sent(run) == ["Health"]
 
 
-def test_the_requests_that_the_sdks_local_server_knows_work_there(newman: Path, local_server: str, tmp_path: Path):
-    run = run_collection(newman, "localhost.postman_environment.json", tmp_path, base_url=local_server)
+def test_the_requests_for_the_sdks_local_server_work_there(node_modules: Path, local_server: str, tmp_path: Path):
+    run = run_collection(node_modules, "localhost.postman_environment.json", tmp_path, base_url=local_server)
     assert names_sent(run) == ["Generate", "Status", "Generate and wait", "Several images", "A bad request"]
 
 

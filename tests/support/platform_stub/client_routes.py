@@ -23,6 +23,7 @@ class ClientRoutes:
             web.post(f"{base}/run", self.run),
             web.post(f"{base}/runsync", self.runsync),
             web.get(f"{base}/status/{{job}}", self.status),
+            web.get(f"{base}/status-sync/{{job}}", self.status_sync),
             web.get(f"{base}/stream/{{job}}", self.stream),
             web.post(f"{base}/cancel/{{job}}", self.cancel),
             web.post(f"{base}/retry/{{job}}", self.retry),
@@ -42,6 +43,11 @@ class ClientRoutes:
 
     async def status(self, request: web.Request) -> web.Response:
         return web.json_response(find_job(self.platform, request).public())
+
+    async def status_sync(self, request: web.Request) -> web.Response:
+        query, job = _validated(RunsyncQuery, dict(request.query)), find_job(self.platform, request)
+        await self.platform.until(lambda: job.status in FINAL, self.platform.seconds(query.wait))
+        return web.json_response(job.public())
 
     async def stream(self, request: web.Request) -> web.Response:
         job = find_job(self.platform, request)

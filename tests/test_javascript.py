@@ -1,0 +1,131 @@
+"""Clients from npm, against the stand-in of RunPod: its SDK in examples/generate.mjs, and its AI SDK provider."""
+
+import json
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from src.api.request import ImageRequest
+from tests.support.client import Client, until
+from tests.support.examples import EXAMPLES, ending_its_job, environment, run
+from tests.support.fields import LIMITS
+from tests.support.platform_stub import Fault, Platform, serving
+
+
+@pytest.fixture
+def project(node_modules: Path, tmp_path: Path) -> Path:
+    """A JavaScript project that has the packages, and the example beside them."""
+    (tmp_path / "node_modules").symlink_to(node_modules)
+    shutil.copy(EXAMPLES / "generate.mjs", tmp_path)
+    return tmp_path
+
+
+def generate(platform: Platform, project: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    return run(["node", "generate.mjs", *arguments], project, **environment(platform, **settings))
+
+
+def test_any_field_passes_through_and_several_pictures_are_numbered(platform: Platform, client: Client, project: Path):
+    platform.faults += [Fault("/status/", status=502)]
+    fields = ("num_images=2", "seed=3", "guidance_scale=5.5", "negative_prompt=a = b", "output_format=png")
+    ran = generate(platform, project, "the sea", *fields)
+    assert (ran.stdout, ran.returncode) == ("picture-1.png seed 3\npicture-2.png seed 4\n", 0), ran.stderr
+    parameters = Image.open(project / "picture-2.png").text["parameters"]
+    assert parameters.startswith("the sea\nNegative prompt: a = b\n")
+    assert "CFG scale: 5.5, Seed: 4, " in parameters
+
+
+def test_a_picture_in_a_bucket_is_downloaded(local_server: str, project: Path):
+    # a file that is there to be downloaded
+    output = {"image_url": f"{local_server}/openapi.json", "seed": 1, "output_format": "webp", "warnings": ["careful"]}
+    with ending_its_job("COMPLETED", {"output": output}) as platform:
+        ran = generate(platform, project, "the sea")
+    assert (ran.stdout, ran.stderr) == ("picture.webp seed 1\n", "warning: careful\n")
+    assert json.loads((project / "picture.webp").read_text())["openapi"]
+
+
+def test_the_sdks_local_server_is_an_endpoint(local_server: str, platform: Platform, project: Path):
+    ran = generate(platform, project, "the sea", "num_inference_steps=2", ENDPOINT_URL=local_server)
+    assert ran.returncode == 0, ran.stderr
+    assert Image.open(project / "picture.png").size == (128, 128)
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "error"),
+    [
+        (["width=65"], {}, "ended as FAILED: invalid input: width: must be a multiple of 8, got 65"),
+        ([], {"RUNPOD_API_KEY": "wrong"}, "Request failed with status code 401"),
+        ([], {"ENDPOINT_URL": "http://127.0.0.1:2/x"}, "fetch failed: connect ECONNREFUSED 127.0.0.1:2"),
+        ([], {"ENDPOINT_URL": ""}, "set ENDPOINT_ID and RUNPOD_API_KEY, or ENDPOINT_URL"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    platform: Platform, client: Client, project: Path, fields: list[str], settings: dict[str, str], error: str
+):
+    ran = generate(platform, project, "the sea", *fields, **settings)
+    assert ran.returncode == 1
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("generate.mjs: ") and line.endswith(error)
+    assert not list(project.glob("picture*"))
+
+
+def test_interrupted_it_cancels_its_job(project: Path):
+    with serving() as platform:
+        platform.faults += [Fault("/status/", delay=0.1)]
+        example = subprocess.Popen(["node", "generate.mjs", "the sea"], cwd=project, env=environment(platform))
+        until(lambda: not platform.faults)
+        example.send_signal(signal.SIGINT)
+        assert example.wait(20) == 130
+        (job,) = platform.jobs.values()
+        assert job.status == "CANCELLED"
+
+
+def test_its_run_sync_polls_until_the_job_ends(project: Path):
+    code = """
+        import runpodSdk from "runpod-sdk";
+        const endpoint = runpodSdk("local", { baseUrl: process.argv[1] }).endpoint("local");
+        const job = await endpoint.runSync({ input: { prompt: "the sea" } }, 2_000);
+        console.log(job.status, job.output);
+    """
+    with serving() as platform:
+        platform.faults += [Fault("/status-sync/", delay=0.1)]
+        command = ["node", "--input-type=module", "-e", code, f"{platform.url}/v2"]
+        waiting = subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, text=True)
+        until(lambda: not platform.faults)
+        (job,) = platform.jobs.values()
+        platform.loop.call_soon_threadsafe(platform.end, job, "COMPLETED", {"output": "a picture"})
+        output, _ = waiting.communicate(timeout=20)
+    assert output.splitlines()[-1] == "COMPLETED a picture"
+
+
+def ai_sdk(platform: Platform, project: Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """Generates by Vercel's AI SDK, with ``options`` for RunPod's provider, and prints the file."""
+    code = """
+        import { createRunpod } from "@runpod/ai-sdk-provider";
+        const [, apiKey, baseURL, options] = process.argv;
+        const model = createRunpod({ apiKey, baseURL }).image("stable-diffusion");
+        const providerOptions = { runpod: JSON.parse(options) };
+        const { images } = await model.doGenerate({ prompt: "the sea", n: 1, providerOptions });
+        process.stdout.write(images[0]);
+    """
+    command = ["node", "--input-type=module", "-e", code, platform.key, f"{platform.url}/v2/local", json.dumps(options)]
+    return run(command, project)
+
+
+def test_the_ai_sdk_shows_a_picture_in_a_bucket_where_its_own_fields_are_null(local_server: str, project: Path):
+    link = f"{local_server}/openapi.json"
+    with ending_its_job("COMPLETED", {"output": {"image_url": link, "seed": 1}}) as platform:
+        ran = ai_sdk(platform, project, size=None, enable_safety_checker=None, width=64)
+        (job,) = platform.jobs.values()
+    assert json.loads(ran.stdout)["openapi"]
+    assert ImageRequest.parse(job.request.input, LIMITS).width == 64
+
+
+def test_the_ai_sdk_reads_what_the_worker_refuses(platform: Platform, client: Client, project: Path):
+    ran = ai_sdk(platform, project)
+    assert "Image generation failed: invalid input: " in ran.stderr
+    assert "size: unknown field" in ran.stderr
+    assert "enable_safety_checker: unknown field" in ran.stderr
