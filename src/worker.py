@@ -16,7 +16,7 @@ from src.api.request import ImageRequest
 from src.errors import JobError
 from src.generation.engine import Engine
 from src.generation.pending import Progress
-from src.serving import worker_loop
+from src.serving.progress import progress_reports as reports_to_platform
 from src.settings import Settings
 
 log = RunPodLogger()
@@ -40,7 +40,7 @@ class Worker:
     def __init__(self, engine: Engine, settings: Settings, progress_reports: ProgressReports | None = None) -> None:
         self._engine = engine
         self._settings = settings
-        self._progress_reports = progress_reports or worker_loop.progress_reports
+        self._progress_reports = progress_reports or reports_to_platform
         self._bucket = Bucket(settings) if settings.bucket_name else None
         self._answers: dict[str, asyncio.Task[dict[str, Any]]] = {}
 

@@ -1,9 +1,10 @@
-"""The SDK's worker loop with what ``src/platform.py`` mends in it, against a platform that misbehaves."""
+"""The worker's loop, against a platform that misbehaves."""
 
 import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -11,28 +12,28 @@ import pytest
 from runpod.serverless.modules import rp_http, rp_job, rp_ping
 from runpod.serverless.modules.worker_state import JobsProgress
 
-from src.serving import worker_loop as platform_module
-from src.serving.worker_loop import Handler, Outage, QuietLog, WorkerLoop
+from src.api.request import ImageRequest
+from src.generation.engine import Engine
+from src.serving.delivery import Outage, Timing
+from src.serving.worker_loop import MAX_REMEMBERED, Handler, QuietLog, WorkerLoop
+from src.settings import Settings
+from src.worker import Worker
 from tests.support.client import Client, results, until
 from tests.support.platform_stub import ENDPOINT, Fault, Platform, serving
-from tests.support.platform_stub.job import Job
 
 FOREVER = 10**6
+SHORT = Timing(first_pause=0.01, max_pause=0.1)
+"""Of a worker that does not wait long before it tries again."""
 
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Platform]:
-    """A platform whose worker is this process: a loop that does not wait long before it tries again.
-
-    The SDK waits for a second when its worker is full, and when it was told of no cancellation: few tests need either.
-    """
+    """A platform whose worker is this process."""
     with serving() as stub:
         base = f"{stub.url}/v2/{ENDPOINT}"
         monkeypatch.setenv("RUNPOD_AI_API_KEY", stub.key)
         monkeypatch.setattr(rp_job, "JOB_GET_URL", f"{base}/job-take/worker-1?gpu=none")
         monkeypatch.setattr(rp_http, "JOB_DONE_URL", f"{base}/job-done/worker-1/$ID?gpu=none")
-        monkeypatch.setattr(platform_module, "FIRST_PAUSE_SECONDS", 0.01)
-        monkeypatch.setattr(platform_module, "MAX_PAUSE_SECONDS", 0.1)
         yield stub
     JobsProgress().clear()
 
@@ -41,11 +42,11 @@ async def echo(job: dict[str, Any]) -> dict[str, Any]:
     return {"seen": job.get("input")}
 
 
-def work(handle: Handler, clients: Callable[[], Any], concurrency: int = 8) -> Any:
-    """What ``clients`` gives, which runs in a thread while the SDK's loop has its jobs handled."""
+def work(handle: Handler, clients: Callable[[], Any], concurrency: int = 8, timing: Timing = SHORT) -> Any:
+    """Returns what ``clients`` does, which runs in a thread while the loop hands its jobs to ``handle``."""
 
     async def run() -> Any:
-        loop = WorkerLoop({"handler": handle, "concurrency_modifier": lambda _: concurrency})
+        loop = WorkerLoop({"handler": handle, "concurrency_modifier": lambda _: concurrency}, timing)
         working = asyncio.create_task(loop.run())
         answered = asyncio.create_task(asyncio.to_thread(clients))
         await asyncio.wait({working, answered}, timeout=30, return_when=asyncio.FIRST_COMPLETED)
@@ -54,6 +55,14 @@ def work(handle: Handler, clients: Callable[[], Any], concurrency: int = 8) -> A
         return await answered
 
     return asyncio.run(run())
+
+
+def send_stop(stub: Platform, job: str) -> None:
+    """Returns when the worker has read the stop signal for ``job``: it has asked for the one after it."""
+    for job_id in (job, "unknown"):
+        stub.stops.setdefault("worker-1", []).append(job_id)
+        stub.loop.call_soon_threadsafe(stub.notify)
+        until(lambda: not stub.stops["worker-1"])
 
 
 @pytest.mark.parametrize(
@@ -68,8 +77,7 @@ def work(handle: Handler, clients: Callable[[], Any], concurrency: int = 8) -> A
     ],
     ids=lambda fault: f"{fault.times}-{'drop' if fault.drop else 'lost' if fault.lost else fault.status}",
 )
-def test_a_result_is_sent_until_it_has_arrived(stub: Platform, monkeypatch: pytest.MonkeyPatch, fault: Fault):
-    monkeypatch.setattr(platform_module, "RESULT_TIMEOUT", aiohttp.ClientTimeout(sock_read=0.3))
+def test_a_result_is_sent_until_it_has_arrived(stub: Platform, fault: Fault):
     stub.faults.append(fault)
 
     def clients() -> None:
@@ -82,14 +90,10 @@ def test_a_result_is_sent_until_it_has_arrived(stub: Platform, monkeypatch: pyte
             sent = results(stub, job)
             assert sent == sent[:1] * len(sent)
 
-    work(echo, clients)
+    work(echo, clients, timing=replace(SHORT, result_timeout=0.3))
 
 
-def test_a_result_that_no_try_will_deliver_is_given_up_with_a_line(
-    stub: Platform, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    monkeypatch.setattr(platform_module, "RESULT_SECONDS", 0.5)
-
+def test_a_result_that_no_try_will_deliver_is_given_up_with_a_line(stub: Platform, capsys: pytest.CaptureFixture):
     def clients() -> tuple[str, str]:
         client = Client(stub)
         stub.faults.append(Fault("job-done", status=413))
@@ -107,7 +111,7 @@ def test_a_result_that_no_try_will_deliver_is_given_up_with_a_line(
         assert results(stub, refused) == results(stub, lost) == []
         return refused, lost
 
-    refused, lost = work(echo, clients, concurrency=1)
+    refused, lost = work(echo, clients, concurrency=1, timing=replace(SHORT, give_up=0.5))
     lines = [line.split("|", 1)[1].strip() for line in capsys.readouterr().out.splitlines() if "is lost" in line]
     assert lines[0].startswith(f"{refused} | the result is lost: the platform answered 413")
     assert lines[1].startswith(f"{lost} | the result is lost: ")
@@ -117,8 +121,8 @@ def test_a_result_that_no_try_will_deliver_is_given_up_with_a_line(
 def test_while_a_result_waits_other_jobs_go_on(stub: Platform):
     def clients() -> None:
         client = Client(stub)
+        stub.faults.append(Fault("job-done", times=FOREVER, status=503, body="waits"))
         waiting = client.run("waits")
-        stub.faults.append(Fault(waiting, times=FOREVER, status=503, body="waits"))
         until(lambda: stub.faults[0].times < FOREVER)
         assert client.generate("goes on")["status"] == client.generate("goes on")["status"] == "COMPLETED"
         stub.faults.clear()
@@ -130,9 +134,9 @@ def test_while_a_result_waits_other_jobs_go_on(stub: Platform):
 def test_a_stopped_jobs_result_is_not_sent_again(stub: Platform):
     def clients() -> None:
         client = Client(stub)
-        job = client.run("unwanted")
         fault = Fault("job-done", times=FOREVER, status=503)
         stub.faults.append(fault)
+        job = client.run("unwanted")
         until(lambda: fault.times < FOREVER)
         client.post(f"cancel/{job}")
         until(lambda: not JobsProgress().get_job_count())
@@ -142,47 +146,170 @@ def test_a_stopped_jobs_result_is_not_sent_again(stub: Platform):
     work(echo, clients)
 
 
-def test_a_cancellation_before_the_start_is_honoured(stub: Platform, monkeypatch: pytest.MonkeyPatch):
-    """The SDK starts a job up to 0.1 s after its arrival: here it is cancelled soon after the worker has it."""
-    begin, handled = stub.begin, list[str]()
+def test_burst_fills_the_free_slots_in_one_answer(stub: Platform):
+    def clients() -> None:
+        client = Client(stub)
+        stub.throttled.add("worker-1")
+        jobs = [client.run(f"{i}") for i in range(11)]
+        stub.throttled.clear()
+        stub.loop.call_soon_threadsafe(stub.notify)
+        assert {client.finished(job)["status"] for job in jobs} == {"COMPLETED"}
+        assert stub.handed_out[0] == 8
+        assert sum(stub.handed_out) == 11
 
-    def begin_and_cancel(job: Job, worker: str) -> None:
-        begin(job, worker)
-        if job.request.input["prompt"] == "unwanted":
-            asyncio.get_running_loop().call_later(0.02, stub.end, job, "CANCELLED")
+    work(echo, clients)
 
-    async def slow(job: dict[str, Any]) -> dict[str, Any]:
+
+def test_freed_slot_is_filled_at_once(stub: Platform):
+    def clients() -> None:
+        client = Client(stub)
+        jobs = [client.run(f"{i}") for i in range(20)]
+        assert {client.finished(job)["status"] for job in jobs} == {"COMPLETED"}
+        started, finished = ([getattr(stub.jobs[job], when) for job in jobs] for when in ("started", "finished"))
+        # the SDK's loop needs a second
+        assert max(later - earlier for later, earlier in zip(started[1:], finished, strict=False)) < 0.3
+
+    work(echo, clients, concurrency=1)
+
+
+def test_burst_of_alike_jobs_shares_batches(stub: Platform, demo_engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    run, batches = demo_engine._runner.run, list[int]()
+
+    def count(requests: list[ImageRequest], *arguments: Any) -> Any:
+        batches.append(len(requests))
+        return run(requests, *arguments)
+
+    def clients() -> None:
+        client = Client(stub)
+        jobs = [client.run(f"{i}", num_inference_steps=20) for i in range(8)]
+        assert {client.finished(job)["status"] for job in jobs} == {"COMPLETED"}
+
+    monkeypatch.setattr(demo_engine._runner, "run", count)
+    work(Worker(demo_engine, Settings()).handle, clients)
+    assert sum(batches) == 8
+    assert len(batches) <= 3
+
+
+def test_empty_answers_that_come_at_once_are_not_asked_for_in_a_busy_loop(stub: Platform):
+    faults = [Fault(route, times=FOREVER, status=204) for route in ("job-take", "job-stop")]
+    stub.faults += faults
+
+    def clients() -> None:
+        until(lambda: all(FOREVER - fault.times > 2 for fault in faults))
+        asked = [fault.times for fault in faults]
+        time.sleep(1)
+        for before, fault in zip(asked, faults, strict=True):
+            assert 2 <= before - fault.times <= 5
+
+    work(echo, clients)
+
+
+@pytest.mark.parametrize(("early_stop", "handled_once"), [(60.0, False), (0.01, True)])
+def test_stop_signal_that_overtakes_its_job_is_honoured_for_a_while(
+    stub: Platform, early_stop: float, handled_once: bool
+):
+    handled = list[str]()
+
+    async def remember(job: dict[str, Any]) -> dict[str, Any]:
         handled.append(job["id"])
-        await asyncio.sleep(0.1)
         return {}
 
     def clients() -> None:
         client = Client(stub)
-        for _ in range(5):
-            unwanted = client.generate("unwanted")
-            assert unwanted["status"] == "CANCELLED"
-            assert client.generate("wanted")["status"] == "COMPLETED"
-            assert results(stub, unwanted["id"]) == []
-        assert len(handled) < 10
+        stub.throttled.add("worker-1")
+        job = client.run()
+        send_stop(stub, job)
+        stub.throttled.clear()
+        client.until(job, "IN_PROGRESS", "COMPLETED")
+        assert client.generate()["status"] == "COMPLETED"
+        assert handled.count(job) == handled_once
+        # the signal was for one delivery
+        stub.queue.append(stub.jobs[job])
+        until(lambda: handled.count(job) == handled_once + 1)
 
-    monkeypatch.setattr(stub, "begin", begin_and_cancel)
-    work(slow, clients)
+    stub.poll_seconds = 0.1
+    work(remember, clients, timing=replace(SHORT, early_stop=early_stop))
 
 
-def test_a_job_stopped_before_its_first_step_is_counted_no_more():
+def test_stop_signal_for_a_job_that_has_ended_does_not_stop_its_next_delivery(stub: Platform):
+    def clients() -> None:
+        client = Client(stub)
+        job = client.run()
+        client.finished(job)
+        until(lambda: not JobsProgress().get_job_count())
+        send_stop(stub, job)
+        stub.queue.append(stub.jobs[job])
+        until(lambda: len(results(stub, job)) == 2)
+
+    stub.poll_seconds = 0.1
+    work(echo, clients)
+
+
+def test_stop_signals_for_unknown_jobs_take_bounded_memory():
     async def stop() -> None:
-        loop = WorkerLoop({"handler": echo})
-        job = {"id": "job-1", "input": {}}
-        await loop.jobs_queue.put(job)
-        assert loop._accept(await loop.jobs_queue.get())
-        loop.jobs_tasks["job-1"] = task = asyncio.create_task(loop.handle_job(None, job))
-        assert await loop.stop_job("job-1")
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert loop.job_progress.get_job_count() == 0
-        assert not await loop.stop_job("job-1")
+        loop = WorkerLoop({"handler": echo, "concurrency_modifier": lambda _: 1})
+        loop._stop_jobs({"jobsToStop": [f"{i}" for i in range(3 * MAX_REMEMBERED)]})
+        assert len(loop._stopped_early) == MAX_REMEMBERED
 
     asyncio.run(stop())
+
+
+def test_job_stopped_before_its_first_step_is_not_handled_and_no_longer_counted():
+    handled = list[str]()
+
+    async def remember(job: dict[str, Any]) -> dict[str, Any]:
+        handled.append(job["id"])
+        return {}
+
+    async def stop() -> None:
+        loop = WorkerLoop({"handler": remember, "concurrency_modifier": lambda _: 1})
+        async with aiohttp.ClientSession() as session:
+            loop._begin(session, {"id": "job-1", "input": {}})
+            assert JobsProgress().get_job_list() == "job-1"
+            assert loop._stop_jobs({"jobsToStop": ["job-1", "job-1"]}) == ["job-1"]
+            await asyncio.wait(loop._jobs)
+        assert JobsProgress().get_job_count() == len(loop._jobs) == 0
+
+    asyncio.run(stop())
+    assert handled == []
+
+
+def test_second_stop_signal_does_not_interrupt_what_the_first_one_began(stub: Platform):
+    cleaned_up = list[str]()
+
+    async def clean_up(job: dict[str, Any]) -> dict[str, Any]:
+        try:
+            await asyncio.sleep(30)
+        finally:
+            await asyncio.sleep(0.5)
+            cleaned_up.append(job["id"])
+        return {}
+
+    def clients() -> None:
+        client = Client(stub)
+        job = client.run()
+        client.until(job, "IN_PROGRESS")
+        until(lambda: JobsProgress().get_job_count())
+        for _ in range(2):
+            send_stop(stub, job)
+        until(lambda: not JobsProgress().get_job_count())
+        assert cleaned_up == [job]
+
+    stub.poll_seconds = 0.1
+    work(clean_up, clients)
+
+
+def test_poll_without_news_is_no_outage(stub: Platform, capsys: pytest.CaptureFixture):
+    fault = Fault("job-take", times=FOREVER, delay=FOREVER)
+    stub.faults.append(fault)
+
+    def clients() -> None:
+        until(lambda: FOREVER - fault.times > 2)
+        stub.faults.clear()
+        assert Client(stub).generate()["status"] == "COMPLETED"
+
+    work(echo, clients, timing=replace(SHORT, poll_timeout=0.3))
+    assert "cannot" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -194,7 +321,6 @@ def test_a_job_stopped_before_its_first_step_is_counted_no_more():
         Fault("job-take", times=3, status=400),
         *(Fault("job-take", times=3, text=text) for text in ("", "<html>", "null", "7", '"id"', "{}", "[[]]", "\0")),
         Fault("job-take", times=3, text='{"id": 5, "input": {}}'),
-        Fault("job-take", times=3, text='{"id": "x", "__class__": 1}'),
         Fault("job-stop", times=2, drop=True),
         Fault("job-stop", times=2, status=500),
         *(Fault("job-stop", times=2, text=text) for text in ("", "[1]", '{"jobsToStop": 3}', '{"jobsToStop": [{}]}')),
@@ -233,7 +359,7 @@ def test_a_bad_job_costs_its_batch_nothing(stub: Platform, capsys: pytest.Captur
         for job in jobs:
             stub.begin(stub.jobs[job], "worker-1")
         good = [{"id": jobs[0], "input": 1}, {"id": jobs[1]}]
-        bad: list[Any] = [None, "job", {}, {"input": {}}, {"id": None}, {"id": ["x"]}, {"id": "x", "__class__": 1}]
+        bad: list[Any] = [None, "job", {}, {"input": {}}, {"id": None}, {"id": ["x"]}, {"id": ""}]
         stub.queue.clear()
         stub.faults.append(Fault("job-take-batch", text=json.dumps([*bad[:4], *good, *bad[4:]])))
         assert [client.finished(job)["output"] for job in jobs] == [{"seen": 1}, {"seen": None}]
@@ -248,13 +374,13 @@ def test_an_outage_is_logged_when_it_begins_once_a_minute_and_when_it_is_over(
 ):
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    outage, pauses = Outage("take jobs", "job-1"), list[float]()
-    outage.over()
+    outage, pauses = Outage("take jobs", Timing(), "job-1"), list[float]()
+    outage.succeeded()
     while now < 3600:
         pauses.append(outage.failed(TimeoutError()))
         now += pauses[-1]
-    outage.over()
-    outage.over()
+    outage.succeeded()
+    outage.succeeded()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "WARN   | job-1 | cannot take jobs, trying again: TimeoutError"
     assert lines[-1].startswith("INFO   | job-1 | could take jobs again after 36")
@@ -268,7 +394,7 @@ def test_a_heartbeat_that_fails_is_logged_once_a_minute(monkeypatch: pytest.Monk
     monkeypatch.setattr(rp_ping, "log", QuietLog())
     monkeypatch.setenv("RUNPOD_WEBHOOK_PING", "http://127.0.0.1:9/ping")
     heartbeat = rp_ping.Heartbeat(retries=0)
-    monkeypatch.setattr(platform_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     for now in range(0, 130, 10):  # noqa: B007 - the clock reads it
         heartbeat._send_ping()
     assert capsys.readouterr().out.count("Ping Request Error") == 2

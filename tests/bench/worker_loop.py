@@ -1,14 +1,25 @@
-"""What the SDK's loop costs: ``python -m tests.bench.worker_loop``.
+"""What the loop between two jobs costs: ``python -m tests.bench.worker_loop``.
 
-Jobs of a fixed duration, which nothing can share, go through the real loop against a stand-in of the platform: once
-with this worker, once with a plain synchronous handler around the same engine. Printed is the time from the first job's
-arrival to the last result, as a ratio of the pure work. A last column holds the target.
+Jobs of a fixed duration, which nothing can share, go to a worker process behind a stand-in of the platform: to this
+worker with its default settings, and to a plain synchronous handler around the same engine, on the SDK's own loop.
+Printed are
+
+- for jobs that are all sent at once, the time from the first one's arrival to the last result, as a ratio of the work
+  alone;
+- for a client that sends each job when it has the result of the one before, the mean ``delayTime`` that the platform
+  shows: milliseconds from ``/run`` until a worker has the job.
+
+The last column holds the target.
 """
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import mean
 
 import runpod
 from PIL import Image
@@ -24,13 +35,17 @@ from src.settings import Settings
 from src.startup.import_libraries import ENVIRONMENT
 from src.worker import Worker
 from tests.support.client import Client, until
-from tests.support.platform_stub import FINAL, serving
+from tests.support.platform_stub import Platform, serving
 
-RUNS = [
-    # jobs, seconds each, MAX_CONCURRENCY, target
-    (6, 2.0, None, 1.05),
-    (12, 0.5, 3, 1.15),
+AT_ONCE = [
+    # jobs, seconds each, target
+    (6, 2.0, 1.02),
+    (20, 1.0, 1.02),
+    (12, 0.5, 1.03),
+    (26, 0.1, 1.08),
 ]
+IN_SEQUENCE = (20, 0.1, 15)
+KINDS = ("plain", "worker")
 
 
 class FixedRunner:
@@ -72,36 +87,49 @@ def serve(kind: str, seconds: float) -> None:
         start(Worker(engine, settings).handle, settings.max_concurrency)
 
 
-def measure(kind: str, jobs: int, seconds: float, concurrency: int | None) -> float:
-    """Seconds from the arrival of ``jobs`` jobs to the last one's result."""
-    with serving() as platform:
+@contextmanager
+def working(kind: str, seconds: float) -> Iterator[Platform]:
+    """A platform whose worker has done a first job, and rests."""
+    with serving() as platform, Path(os.devnull).open("wb") as no_log:
         command = [sys.executable, "-m", "tests.bench.worker_loop", "--serve", kind, "--seconds", str(seconds)]
-        settings = {"MAX_CONCURRENCY": str(concurrency)} if concurrency else {}
-        name = platform.start_worker(command, **ENVIRONMENT, **settings)
-        client = Client(platform)
+        name = platform.start_worker(command, no_log, **ENVIRONMENT)
         until(lambda: platform.workers[name].pings)
-        client.finished(client.run())
-        # the loop has gone to rest after its first job
+        Client(platform).generate()
         time.sleep(2)
-        ids = [client.run(guidance_scale=2 + i) for i in range(jobs)]
-        until(lambda: all(platform.jobs[job].status in FINAL for job in ids))
-        assert {platform.jobs[job].status for job in ids} == {"COMPLETED"}
-        return max(platform.jobs[job].finished for job in ids) - min(platform.jobs[job].created for job in ids)
+        yield platform
+
+
+def ratio(kind: str, jobs: int, seconds: float) -> float:
+    """How much longer than their work alone ``jobs`` jobs take that are sent at once."""
+    with working(kind, seconds) as platform:
+        client = Client(platform)
+        sent = [platform.jobs[client.run(guidance_scale=2 + i)] for i in range(jobs)]
+        until(lambda: not platform.busy())
+        assert {job.status for job in sent} == {"COMPLETED"}
+        return (max(job.finished for job in sent) - min(job.created for job in sent)) / (jobs * seconds)
+
+
+def delay(kind: str, jobs: int, seconds: float) -> float:
+    """The mean ``delayTime``, in milliseconds, of ``jobs`` jobs that are sent one after the other."""
+    with working(kind, seconds) as platform:
+        client = Client(platform)
+        return mean(client.generate()["delayTime"] for _ in range(jobs))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what the SDK's loop costs.")
-    parser.add_argument("--serve", choices=["plain", "worker"], help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description="Measure what the loop between two jobs costs.")
+    parser.add_argument("--serve", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         return serve(arguments.serve, arguments.seconds)
-    print(f"{'jobs':<20}{'MAX_CONCURRENCY':>16}{'plain handler':>16}{'this worker':>14}{'target':>9}")
-    for jobs, seconds, concurrency, target in RUNS:
-        work = jobs * seconds
-        plain, ours = (measure(kind, jobs, seconds, concurrency) / work for kind in ("plain", "worker"))
-        shown = concurrency or f"{Settings().max_concurrency} (default)"
-        print(f"{f'{jobs} of {seconds} s':<20}{shown:>16}{plain:>16.2f}{ours:>14.2f}{target:>9}", flush=True)
+    print(f"{'jobs':<32}{'plain handler':>16}{'this worker':>14}{'target':>9}")
+    for jobs, seconds, target in AT_ONCE:
+        plain, ours = (ratio(kind, jobs, seconds) for kind in KINDS)
+        print(f"{f'{jobs} of {seconds} s at once':<32}{plain:>16.2f}{ours:>14.2f}{target:>9.2f}", flush=True)
+    jobs, seconds, target = IN_SEQUENCE
+    plain, ours = (delay(kind, jobs, seconds) for kind in KINDS)
+    print(f"{f'{jobs} of {seconds} s in sequence':<32}{plain:>13.0f} ms{ours:>11.0f} ms{target:>6.0f} ms")
 
 
 if __name__ == "__main__":

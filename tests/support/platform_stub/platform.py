@@ -56,6 +56,8 @@ class Platform:
         self.faults = Faults()
         self.queue: list[Job] = []
         self.stops: dict[str, list[str]] = {}
+        self.handed_out: list[int] = []
+        """How many jobs each answer to a worker held, where it held any."""
         self.throttled: set[str] = set()
         """The names of workers that are given no jobs, as where their host has no GPU to spare."""
         self.background: set[asyncio.Task[None]] = set()

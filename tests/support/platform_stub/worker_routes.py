@@ -73,6 +73,8 @@ class WorkerRoutes:
         for job in jobs:
             if job.status == "IN_QUEUE":
                 platform.begin(job, worker)
+        if jobs:
+            platform.handed_out.append(len(jobs))
         if jobs and (fault := next((fault for fault in platform.faults if fault.twice), None)):
             platform.faults.use_up(fault)
             platform.queue[:0] = jobs

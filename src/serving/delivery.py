@@ -1,0 +1,135 @@
+"""How a result reaches the platform: how often it is sent, the pauses in between, and what the log says.
+
+The SDK (1.12.0) tries three times in four seconds, and only after a server error: a result whose connection breaks, or
+that is answered 429, is lost, and with it a picture that was paid for.
+"""
+
+import asyncio
+import json
+import random
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import runpod
+from runpod.serverless.modules import rp_http
+
+log = runpod.RunPodLogger()
+
+
+CONNECT_TIMEOUT = 10
+"""In seconds."""
+SILENCE_TIMEOUT = 30
+"""For a connection on which nothing arrives, in seconds."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long the worker waits for the platform, in seconds."""
+
+    first_pause: float = 0.25
+    max_pause: float = 25.0
+    """After each failed try the pause doubles, from ``first_pause`` to ``max_pause``."""
+    shutdown_pause: float = 1.0
+    """The longest pause once the worker shuts down: the platform may kill the process at any time."""
+    line_interval: float = 60.0
+    """Between two lines about one outage."""
+    give_up: float = 600.0
+    """For how long a result is sent again: RunPod's default execution timeout, after which its job has ended."""
+    result_timeout: float = 120.0
+    """For one try: lets 10 MB through at 0.1 MB/s."""
+    poll_timeout: float = 90.0
+    """For a request that the platform answers when there is news: the SDK's own limit."""
+    poll_interval: float = 0.2
+    """The shortest time between two of these if the first brought nothing."""
+    early_stop: float = 60.0
+    """For how long a stop signal that came before its job is remembered."""
+
+
+class Outage:
+    """Tries of one kind while they fail: how long to wait before the next one, and what is logged.
+
+    The log gets a line at the first failure, at most one a minute from then on, and one at the next success.
+    """
+
+    def __init__(self, what: str, timing: Timing, job_id: str | None = None) -> None:
+        self._what = what
+        self._timing = timing
+        self._job_id = job_id
+        self._tries = 0
+        self._began = self._logged = 0.0
+
+    def failed(self, error: Exception) -> float:
+        """Returns the seconds to wait: exponential backoff, less up to half of it at random."""
+        now = time.monotonic()
+        if not self._tries:
+            self._began = self._logged = now
+            log.warn(f"cannot {self._what}, trying again: {_reason(error)}", self._job_id)
+        elif now - self._logged > self._timing.line_interval:
+            self._logged = now
+            log.warn(f"cannot {self._what} for {now - self._began:.0f} s now: {_reason(error)}", self._job_id)
+        # bounded, since a float cannot hold every power of two
+        pause = min(self._timing.first_pause * 2.0 ** min(self._tries, 20), self._timing.max_pause)
+        self._tries += 1
+        return pause * random.uniform(0.5, 1)
+
+    def succeeded(self) -> None:
+        if self._tries:
+            log.info(f"could {self._what} again after {time.monotonic() - self._began:.1f} s", self._job_id)
+        self._tries = 0
+
+
+async def deliver(
+    session: aiohttp.ClientSession, job_id: str, result: dict[str, Any], shutting_down: asyncio.Event, timing: Timing
+) -> None:
+    """Sends ``result`` until the platform has taken or refused it, or ``timing.give_up`` has passed.
+
+    If only the platform's answer is lost, the platform gets the result twice.
+    """
+    body = json.dumps(result).encode()
+    sending = Outage("send the result", timing, job_id)
+    give_up = time.monotonic() + timing.give_up
+    while True:
+        try:
+            await post(session, job_id, body, timing.result_timeout)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            if not _is_transient(error) or time.monotonic() > give_up:
+                log.error(f"the result is lost: {_reason(error)}", job_id)
+                return
+            pause = sending.failed(error)
+        else:
+            sending.succeeded()
+            log.info("Finished.", job_id)
+            return
+        if shutting_down.is_set():
+            await asyncio.sleep(min(pause, timing.shutdown_pause))
+        else:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(shutting_down.wait(), pause)
+
+
+async def post(session: aiohttp.ClientSession, job_id: str, body: bytes, timeout: float) -> None:
+    """Sends a job's result or progress, within ``timeout`` seconds.
+
+    Raises:
+        aiohttp.ClientError, TimeoutError, OSError: unless the platform takes it.
+    """
+    url = rp_http.JOB_DONE_URL.replace("$ID", job_id) + "&isStream=false"
+    headers = {"Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8", "X-Request-ID": job_id}
+    limits = aiohttp.ClientTimeout(timeout, sock_connect=CONNECT_TIMEOUT, sock_read=SILENCE_TIMEOUT)
+    async with session.post(url, data=body, headers=headers, timeout=limits, raise_for_status=True):
+        pass
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether the same request may succeed later."""
+    return not isinstance(error, aiohttp.ClientResponseError) or error.status in (408, 425, 429) or error.status >= 500
+
+
+def _reason(error: Exception) -> str:
+    # the exception's own text holds the URL, and with it the platform's parameters
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"the platform answered {error.status}, {error.message}"
+    return str(error) or type(error).__name__

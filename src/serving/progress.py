@@ -1,0 +1,57 @@
+"""What ``/status`` shows of a job while it runs.
+
+The SDK's ``progress_update`` (1.12.0) sends each report from a thread of its own, so a late one can arrive after the
+result.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import runpod
+from runpod.http_client import AsyncClientSession
+
+from src.serving.delivery import post
+from src.settings import on_runpod
+
+INTERVAL = 1.0
+"""Between two reports, in seconds."""
+TIMEOUT = 30.0
+"""For the platform's answer to a report, in seconds."""
+
+log = runpod.RunPodLogger()
+
+
+@asynccontextmanager
+async def progress_reports(job_id: str, report: Callable[[], dict[str, Any]]) -> AsyncIterator[None]:
+    """Sends ``report()`` to the platform once a second for as long as the block runs; off the platform, nothing.
+
+    The block ends only when the platform has answered the last report, so none can arrive after the result.
+    """
+    if not on_runpod():
+        yield
+        return
+    finished = asyncio.Event()
+    reporter = asyncio.create_task(_send_reports(job_id, report, finished))
+    try:
+        yield
+    finally:
+        finished.set()
+        await reporter
+
+
+async def _send_reports(job_id: str, report: Callable[[], dict[str, Any]], finished: asyncio.Event) -> None:
+    async with AsyncClientSession() as session:
+        while True:
+            try:
+                await asyncio.wait_for(finished.wait(), INTERVAL)
+                return
+            except TimeoutError:
+                body = json.dumps({"status": "IN_PROGRESS", "output": report()}).encode()
+            try:
+                await post(session, job_id, body, TIMEOUT)
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                log.debug(f"a progress report was lost: {type(error).__name__}", job_id)
