@@ -1,6 +1,7 @@
 """The handler that RunPod's SDK calls: a job in, its output or one readable error out."""
 
 import asyncio
+import errno
 import time
 import traceback
 from collections.abc import Callable
@@ -73,8 +74,10 @@ class Worker:
                 log.error("".join(traceback.format_exception(error.__cause__)), job["id"])
             log.warn(f"failed: {str(error).split(':')[0]}", job["id"])
             return {"error": str(error)} | ({"refresh_worker": True} if error.refresh_worker else {})
-        except Exception:
+        except Exception as error:
             log.error(traceback.format_exc(), job["id"])
+            if isinstance(error, OSError) and error.errno == errno.EMFILE:
+                return {"error": "this worker has no file descriptor left: send the job again"}
             return {"error": f"internal error, see the worker's log for job {job['id']}"}
 
     async def _generate(self, job: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from src.api.picture import Picture, parameters
 from src.api.request import ImageRequest, OutputFormat
 from src.errors import JobError
 from src.model.repository import DEMO_MODEL
-from tests.support.processes import python
 
 RED = Image.new("RGB", (64, 64), (255, 0, 0))
 
@@ -132,25 +131,3 @@ def test_a_result_over_the_limit_is_refused_and_one_at_it_is_not():
     )
     with pytest.raises(JobError, match=r"images, for a lower output_quality, or have a bucket set up"):
         output(request(output_format="jpeg"), limit=size)
-
-
-@pytest.mark.process
-def test_job_reads_nothing_from_disk():
-    code = """
-import asyncio, sys
-import handler
-from src.settings import Settings
-
-opened = []
-worker = handler.build_worker(Settings(model_id="demo"))
-sys.addaudithook(lambda event, arguments: event == "open" and opened.append(arguments[0]))
-
-async def run_jobs():
-    for output_format in ("png", "jpeg", "webp"):
-        job_input = {"prompt": "the sea", "num_inference_steps": 1, "output_format": output_format}
-        assert "image" in await worker.handle({"id": output_format, "input": job_input})
-
-asyncio.run(run_jobs())
-print("opened", opened)
-"""
-    assert python(code).splitlines()[-1] == "opened []"

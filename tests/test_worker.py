@@ -13,6 +13,7 @@ from src.generation.engine import Engine
 from src.settings import Settings
 from src.worker import KEPT_ANSWERS, Worker
 from tests.support import engines
+from tests.support.processes import python
 
 
 def run(engine: Engine, job: dict[str, Any], settings: Settings | None = None) -> dict[str, Any]:
@@ -117,3 +118,37 @@ def test_a_job_delivered_again_gets_the_same_answer_unless_it_failed(v1_4_engine
         assert (await answer("job-0"))["seed"] != first["seed"]
 
     asyncio.run(deliver())
+
+
+@pytest.mark.process
+def test_job_opens_no_file_unless_a_deferred_import_needs_one_and_says_so_when_none_can_be_opened():
+    code = """
+import asyncio, os, resource
+import handler
+from src.settings import Settings
+
+async def answer(**job_input):
+    job = {"id": str(job_input), "input": {"prompt": "the sea", "num_inference_steps": 1} | job_input}
+    output = await worker.handle(job)
+    print(output.get("error", "image" in output))
+
+async def main():
+    files = []
+    try:
+        while True:
+            files.append(open(os.devnull))
+    except OSError:
+        pass
+    for output_format in ("png", "jpeg", "webp"):
+        await answer(output_format=output_format)
+    await answer(scheduler="KLMS")
+    del files
+    await answer(scheduler="KLMS")
+
+worker = handler.build_worker(Settings(model_id="demo"))
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+asyncio.run(main())
+"""
+    lines = [line for line in python(code).splitlines() if "|" not in line]
+    refused = "this worker has no file descriptor left: send the job again"
+    assert lines[:3] == ["True"] * 3 and lines[-2:] == [refused, "True"]
