@@ -13,10 +13,11 @@ REQUIRED = 'Requires-Dist: cuda-standin[nvidia]==12.6.3; platform_system == "Lin
 
 
 def write_library(folder: Path, name: str, requires: str = "") -> None:
-    """Writes the wheel of an empty package into the index in ``folder``."""
+    """Writes a wheel into the index in ``folder`` that installs one file, where NVIDIA's wheels install theirs."""
     stem = f"{name.replace('-', '_')}-12.6.3"
     (folder / name).mkdir(parents=True)
     with ZipFile(folder / name / f"{stem}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"nvidia/{stem}/libstandin.so", "")
         head = f"Metadata-Version: 2.1\nName: {name}\nVersion: 12.6.3\n"
         wheel.writestr(f"{stem}.dist-info/METADATA", head + requires)
         wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
