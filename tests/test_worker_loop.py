@@ -15,7 +15,8 @@ from runpod.serverless.modules.worker_state import JobsProgress
 from src.api.request import ImageRequest
 from src.generation.engine import Engine
 from src.serving.delivery import Outage, Timing
-from src.serving.worker_loop import MAX_REMEMBERED, Handler, QuietLog, WorkerLoop
+from src.serving.heartbeat import QuietLog
+from src.serving.worker_loop import MAX_REMEMBERED, Handler, WorkerLoop
 from src.settings import Settings
 from src.worker import Worker
 from tests.support.client import Client, results, until

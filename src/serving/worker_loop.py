@@ -14,8 +14,6 @@ answer that holds a bad one, stops jobs that have not started yet, and loses no 
 """
 
 import asyncio
-import logging
-import multiprocessing
 import os
 import signal
 import sys
@@ -28,10 +26,11 @@ from typing import Any
 import aiohttp
 import runpod
 from runpod.http_client import AsyncClientSession
-from runpod.serverless.modules import rp_job, rp_ping, rp_scale
+from runpod.serverless.modules import rp_job, rp_scale
 from runpod.serverless.modules.rp_logger import _set_batch_id
 from runpod.serverless.modules.worker_state import JobsProgress
 
+from src.serving import heartbeat
 from src.serving.delivery import CONNECT_TIMEOUT, Outage, Timing, deliver
 
 MAX_REMEMBERED = 1000
@@ -50,9 +49,7 @@ def start(handle: Handler, max_concurrency: int) -> None:
         max_concurrency: how many jobs the worker holds at once.
     """
     rp_scale.JobScaler = WorkerLoop
-    rp_ping.log = QuietLog()
-    # a line for every request of the heartbeat that is tried again
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    heartbeat.install()
     runpod.serverless.start({"handler": handle, "concurrency_modifier": lambda _: max_concurrency})
 
 
@@ -82,8 +79,6 @@ class WorkerLoop:
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signal_number, self._shut_down)
         loop.run_until_complete(self.run())
-        for heartbeat in multiprocessing.active_children():
-            heartbeat.terminate()
         sys.stdout.flush()
         # Python's own exit would wait for the engine's thread, which may be in a call that never ends
         os._exit(self._exit_code)
@@ -187,21 +182,6 @@ class WorkerLoop:
         self._stopped_early.add(job_id)
         asyncio.get_running_loop().call_later(self._timing.early_stop, self._stopped_early.discard, job_id)
         return True
-
-
-class QuietLog:
-    """The SDK's log for its heartbeat, which logs each failure: here at most one a minute."""
-
-    def __init__(self) -> None:
-        self._logged = -Timing.line_interval
-
-    def error(self, message: str) -> None:
-        if time.monotonic() - self._logged > Timing.line_interval:
-            self._logged = time.monotonic()
-            log.error(message)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(log, name)
 
 
 def _find_jobs(answer: Any) -> list[dict[str, Any]]:

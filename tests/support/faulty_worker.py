@@ -5,16 +5,8 @@ import socket
 import threading
 from typing import Any
 
-import torch
-
 import handler
 from src.startup.import_libraries import import_libraries
-
-import_libraries()
-
-from diffusers import StableDiffusionPipeline
-
-from src.model import loading
 
 SECRETS = f"at {__file__} on {socket.gethostname()} with token {os.environ.get('RUNPOD_AI_API_KEY')}"
 """What no client may ever read."""
@@ -24,25 +16,38 @@ def hang(*_: object, **__: object) -> None:
     threading.Event().wait()
 
 
-class FaultyPipeline(StableDiffusionPipeline):
-    def __call__(self, prompt: list[str], **kwargs: Any) -> Any:
-        if "out of memory" in prompt or ("needs a call alone" in prompt and len(prompt) > 1):
-            raise torch.OutOfMemoryError(f"CUDA out of memory {SECRETS}")
-        if "crash" in prompt:
-            raise RuntimeError(f"crashed {SECRETS}")
-        if os.environ.get("ALWAYS_CRASH"):
-            raise RuntimeError("no kernel image is available")
-        if "hang" in prompt or os.environ.get("ALWAYS_HANG"):
-            self.unet.forward = hang
-        if "poison" in prompt:
-            raise torch.AcceleratorError(f"CUDA error: an illegal memory access was encountered {SECRETS}")
-        generated = super().__call__(prompt=prompt, **kwargs)
-        for i, asked in enumerate(prompt):
-            if asked == "nan" or os.environ.get("ALWAYS_NAN"):
-                generated.images[i] = float("nan")
-        return generated
+def main() -> None:
+    # not at import: the heartbeat's process imports this module too
+    import_libraries()
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from src.model import loading
+
+    class FaultyPipeline(StableDiffusionPipeline):
+        def __call__(self, prompt: list[str], **kwargs: Any) -> Any:
+            if "out of memory" in prompt or ("needs a call alone" in prompt and len(prompt) > 1):
+                raise torch.OutOfMemoryError(f"CUDA out of memory {SECRETS}")
+            if "crash" in prompt:
+                raise RuntimeError(f"crashed {SECRETS}")
+            if os.environ.get("ALWAYS_CRASH"):
+                raise RuntimeError("no kernel image is available")
+            if "hang" in prompt or os.environ.get("ALWAYS_HANG"):
+                self.unet.forward = hang
+            if "device-side assert" in prompt:
+                # an index out of bounds, on a CUDA device
+                torch.zeros(1, device=self.device)[torch.ones(1, dtype=torch.int64, device=self.device)]
+            if "poison" in prompt:
+                raise torch.AcceleratorError(f"CUDA error: an illegal memory access was encountered {SECRETS}")
+            generated = super().__call__(prompt=prompt, **kwargs)
+            for i, asked in enumerate(prompt):
+                if asked == "nan" or os.environ.get("ALWAYS_NAN"):
+                    generated.images[i] = float("nan")
+            return generated
+
+    loading.StableDiffusionPipeline = FaultyPipeline  # type: ignore[misc]
+    handler.main()
 
 
 if __name__ == "__main__":
-    loading.StableDiffusionPipeline = FaultyPipeline  # type: ignore[misc]
-    handler.main()
+    main()
