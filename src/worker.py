@@ -11,6 +11,7 @@ from typing import Any
 
 from runpod import RunPodLogger
 
+from src.api import openai
 from src.api.bucket import Bucket
 from src.api.output import encode_all, job_output
 from src.api.request import ImageRequest
@@ -53,7 +54,8 @@ class Worker:
         """
         answer = self._answers.get(job["id"])
         if not answer:
-            answer = self._answers[job["id"]] = asyncio.create_task(self._answer(job))
+            in_its_shape = openai.answer(job, self._answer, self._engine.model_name, bool(self._bucket))
+            answer = self._answers[job["id"]] = asyncio.create_task(in_its_shape)
             answer.add_done_callback(partial(self._keep, job["id"]))
         # a copy, since the SDK takes it apart
         return dict(await answer)
@@ -66,9 +68,9 @@ class Worker:
         for oldest in finished[:-KEPT_ANSWERS]:
             del self._answers[oldest]
 
-    async def _answer(self, job: dict[str, Any]) -> dict[str, Any]:
+    async def _answer(self, job: dict[str, Any], may_upload: bool) -> dict[str, Any]:
         try:
-            return await self._generate(job)
+            return await self._generate(job, may_upload)
         except JobError as error:
             if error.__cause__:
                 log.error("".join(traceback.format_exception(error.__cause__)), job["id"])
@@ -80,7 +82,7 @@ class Worker:
                 return {"error": "this worker has no file descriptor left: send the job again"}
             return {"error": f"internal error, see the worker's log for job {job['id']}"}
 
-    async def _generate(self, job: dict[str, Any]) -> dict[str, Any]:
+    async def _generate(self, job: dict[str, Any], may_upload: bool) -> dict[str, Any]:
         request = ImageRequest.parse(job.get("input"), self._engine.limits)
         progress = Progress()
 
@@ -93,7 +95,7 @@ class Worker:
             result = await self._engine.generate(request, progress)
             finished = time.monotonic()
             links = None
-            if self._bucket:
+            if self._bucket and may_upload:
                 files = await asyncio.to_thread(encode_all, request, result.pictures, self._engine.model_name)
                 links = await self._bucket.upload_all(files, job["id"], request.output_format)
             output = await asyncio.to_thread(

@@ -29,6 +29,7 @@ class ClientRoutes:
             web.post(f"{base}/retry/{{job}}", self.retry),
             web.post(f"{base}/purge-queue", self.purge_queue),
             web.get(f"{base}/health", self.health),
+            web.route("*", f"{base}/openai{{route:/v1/.+}}", self.openai),
         ]
 
     async def run(self, request: web.Request) -> web.Response:
@@ -88,6 +89,17 @@ class ClientRoutes:
                 "workers": self.platform.worker_states(),
             }
         )
+
+    async def openai(self, request: web.Request) -> web.Response:
+        body = await request.json() if request.can_read_body else None
+        call = {"openai_route": request.match_info["route"], "openai_input": body}
+        job = Job.new(JobRequest(input=call), sync=True)
+        self.platform.add(job)
+        await self.platform.until(lambda: job.status in FINAL, self.platform.seconds(RunsyncQuery().wait))
+        if job.status != "COMPLETED":
+            return web.json_response({"error": job.error or job.status}, status=400)
+        is_one = isinstance(job.output, list) and len(job.output) == 1
+        return web.json_response(job.output[0] if is_one else job.output)
 
     async def _new_job(self, request: web.Request) -> Job:
         sync = request.path.endswith("runsync")

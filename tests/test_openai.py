@@ -1,0 +1,157 @@
+"""OpenAI's images API, through OpenAI's own clients and the stand-in of RunPod."""
+
+import asyncio
+import base64
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import BadRequestError, OpenAI
+from PIL import Image
+
+from src.api import openai
+from src.api.bucket import Bucket
+from src.generation.engine import Engine
+from src.settings import Settings
+from src.worker import Worker
+from tests.support.client import Client
+from tests.support.examples import run
+from tests.support.platform_stub import Platform
+
+QUICK = {"num_inference_steps": 2}
+
+
+@pytest.fixture
+def images(platform: Platform, client: Client) -> OpenAI:
+    return OpenAI(base_url=f"{client.url}/openai/v1", api_key=platform.key, max_retries=0)
+
+
+def test_openais_client_for_python_gets_pictures(images: OpenAI):
+    ours = QUICK | {"seed": 3, "negative_prompt": "blur", "guidance_scale": 5, "scheduler": "DDIM"}
+    without_effect = {"quality": "low", "background": "opaque", "moderation": "low", "user": "me", "style": "vivid"}
+    answer = images.images.generate(
+        model="gpt-image-1",
+        prompt="the sea",
+        n=2,
+        size="64x72",
+        response_format="b64_json",
+        output_format="webp",
+        output_compression=50,
+        extra_body=ours,
+        **without_effect,
+    )
+    assert abs(answer.created - time.time()) < 60
+    assert (answer.size, answer.output_format) == ("64x72", "webp")
+    assert [image.seed for image in answer.data] == [3, 4]
+    for image in answer.data:
+        picture = Image.open(io.BytesIO(base64.b64decode(image.b64_json)))
+        assert (picture.format, picture.size) == ("WEBP", (64, 72))
+
+
+@pytest.mark.parametrize("size", ["auto", None])
+def test_a_prompt_alone_gets_one_picture_of_the_models_size(images: OpenAI, size: Any):
+    answer = images.images.generate(prompt="the sea", size=size, extra_body=QUICK)
+    (image,) = answer.data
+    assert Image.open(io.BytesIO(base64.b64decode(image.b64_json))).format == "PNG"
+    assert (answer.size, answer.output_format) == ("128x128", "png")
+
+
+def test_the_one_model_is_listed(images: OpenAI):
+    assert [model.id for model in images.models.list()] == ["demo"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"n": 9}, "n", "invalid input: n: must be at most 4, got 9"),
+        ({"size": "65x64"}, "size", "invalid input: size: must be a multiple of 8, got 65"),
+        ({"size": "large"}, "size", "invalid input: size: must be auto or such as 512x512, got large"),
+        (
+            {"response_format": "url"},
+            "response_format",
+            "invalid input: response_format: must be b64_json, since this endpoint has no bucket, got url",
+        ),
+        (
+            {"output_compression": 0, "extra_body": {"promt": "x"}},
+            "output_compression",
+            "invalid input: output_compression: must be at least 1, got 0; promt: unknown field, did you mean prompt?",
+        ),
+    ],
+)
+def test_a_bad_request_is_an_error_of_openais(images: OpenAI, fields: dict[str, Any], param: str, message: str):
+    with pytest.raises(BadRequestError) as caught:
+        images.images.generate(prompt="the sea", **fields)
+    assert caught.value.body == {"message": message, "type": "invalid_request_error", "param": param, "code": None}
+
+
+def test_another_route_is_an_error_that_names_those_there_are(images: OpenAI):
+    with pytest.raises(BadRequestError, match="no such route, there are /v1/images/generations and /v1/models"):
+        images.chat.completions.create(model="demo", messages=[{"role": "user", "content": "hello"}])
+
+
+def test_openais_client_for_javascript_gets_pictures(
+    node_modules: Path, platform: Platform, client: Client, tmp_path: Path
+):
+    (tmp_path / "node_modules").symlink_to(node_modules)
+    code = """
+        import OpenAI from "openai";
+        const [, apiKey, baseURL] = process.argv;
+        const openai = new OpenAI({ apiKey, baseURL, maxRetries: 0 });
+        const { data } = await openai.images.generate({ prompt: "the sea", size: "64x64", num_inference_steps: 2 });
+        const models = await openai.models.list();
+        const error = await openai.images.generate({ prompt: "the sea", n: 9 }).catch((error) => error);
+        console.log(JSON.stringify([data[0].b64_json, models.data[0].id, error.status, error.error]));
+    """
+    ran = run(["node", "--input-type=module", "-e", code, platform.key, f"{client.url}/openai/v1"], tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    file, model, status, error = json.loads(ran.stdout)
+    assert Image.open(io.BytesIO(base64.b64decode(file))).size == (64, 64)
+    assert (model, status) == ("demo", 400)
+    assert (error["param"], error["message"]) == ("n", "invalid input: n: must be at most 4, got 9")
+
+
+@pytest.mark.parametrize(("wanted", "is_link"), [(None, True), ("url", True), ("b64_json", False)])
+def test_with_a_bucket_the_answer_has_links_unless_a_file_is_wanted(
+    v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch, wanted: str | None, is_link: bool
+):
+    async def upload_all(_: Bucket, files: list[bytes], *names: object) -> list[str]:
+        return ["https://storage.example/picture.png" for _ in files]
+
+    monkeypatch.setattr(Bucket, "upload_all", upload_all)
+    settings = Settings(
+        bucket_endpoint_url="https://storage.example",
+        bucket_access_key_id="key",
+        bucket_secret_access_key="secret",
+        bucket_name="pictures",
+    )
+    body = {"prompt": "a cat", "response_format": wanted} | QUICK
+    job = {"id": "1", "input": {"openai_route": openai.IMAGES, "openai_input": body}}
+    (image,) = asyncio.run(Worker(v1_4_engine, settings).handle(job))["data"]
+    assert set(image) == {"url" if is_link else "b64_json", "seed"}
+
+
+@pytest.mark.parametrize("body", [None, [], "the sea", {}, {"prompt": None, "size": ["64x64"]}])
+def test_a_body_that_is_no_request_is_refused_in_openais_shape(v1_4_engine: Engine, body: object):
+    job = {"id": "1", "input": {"openai_route": openai.IMAGES, "openai_input": body}}
+    error = asyncio.run(Worker(v1_4_engine, Settings()).handle(job))["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["message"].startswith("invalid input: ")
+
+
+def test_a_lost_device_is_no_fault_of_the_request_and_replaces_the_worker():
+    async def lost(*_: object) -> dict[str, Any]:
+        return {"error": "the GPU failed: send the job again", "refresh_worker": True}
+
+    job = {"id": "1", "input": {"openai_route": openai.IMAGES, "openai_input": {"prompt": "a cat"}}}
+    assert asyncio.run(openai.answer(job, lost, "demo", False)) == {
+        "error": {
+            "message": "the GPU failed: send the job again",
+            "type": "server_error",
+            "param": None,
+            "code": None,
+        },
+        "refresh_worker": True,
+    }
