@@ -40,13 +40,13 @@ def imported_rooms(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_module_imports_only_what_lies_below_and_is_short(path: Path):
+def test_module_is_short_and_imports_only_rooms_below(path: Path):
     assert imported_rooms(path) <= {room(path), *MAY_IMPORT[room(path)]}
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 260
 
 
 @pytest.mark.process
-def test_request_settings_and_engine_need_no_pytorch():
+def test_api_settings_and_engine_need_no_pytorch():
     light = [path for path in MODULES if room(path) in {"api", "settings", *GROUND} or path.stem == "engine"]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in light]
     assert len(names) >= 9

@@ -45,7 +45,7 @@ CASES: dict[str, tuple[dict, dict]] = {
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize(("options", "inputs"), CASES.values(), ids=CASES)
 @torch.no_grad()
-def test_slices_compute_plain_attention(options: dict, inputs: dict, steps: int, fused: bool):
+def test_sliced_attention_equals_plain_attention(options: dict, inputs: dict, steps: int, fused: bool):
     torch.manual_seed(0)
     attention = Attention(CHANNELS, heads=HEADS, dim_head=6, processor=AttnProcessor(), **options)
     inputs = {"hidden_states": random(IMAGES, TOKENS, CHANNELS)} | inputs
@@ -67,7 +67,9 @@ def pipe_of(unet: torch.nn.Module) -> StableDiffusionPipeline:
 @pytest.mark.parametrize("setting", ["auto", "max"])
 @pytest.mark.parametrize("model", ["v1_4_pipe", "demo_pipe"])
 @torch.no_grad()
-def test_every_attention_of_a_model_is_sliced(model: str, setting: str, fused: bool, request: pytest.FixtureRequest):
+def test_slicing_covers_every_attention_layer_of_a_model(
+    model: str, setting: str, fused: bool, request: pytest.FixtureRequest
+):
     unet = copy.deepcopy(request.getfixturevalue(model).unet)
     inputs = random(3, unet.config.in_channels, 8, 8), torch.tensor(500), random(3, 77, unet.config.cross_attention_dim)
     unet.set_attn_processor(AttnProcessor())
@@ -83,7 +85,7 @@ def test_every_attention_of_a_model_is_sliced(model: str, setting: str, fused: b
     ("setting", "heads", "slices"),
     [("auto", 8, [4, 4]), ("auto", 5, [3, 2]), ("auto", 1, [1]), ("max", 8, [1] * 8)],
 )
-def test_auto_takes_two_steps_and_max_goes_head_by_head(
+def test_auto_computes_two_slices_and_max_one_per_head(
     setting: str, heads: int, slices: list[int], monkeypatch: pytest.MonkeyPatch
 ):
     computed: list[int] = []

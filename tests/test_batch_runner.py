@@ -43,7 +43,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
     yield seen
 
 
-def test_the_same_request_gives_the_same_bytes_and_another_seed_another_picture(v1_4_engine: Engine):
+def test_same_request_gives_same_bytes_and_another_seed_another_picture(v1_4_engine: Engine):
     first, again, other = (generate(v1_4_engine, seed=seed).pictures[0] for seed in (3, 3, 4))
     assert first.image.tobytes() == again.image.tobytes()
     assert furthest(first.image, other.image) > 2
@@ -51,7 +51,7 @@ def test_the_same_request_gives_the_same_bytes_and_another_seed_another_picture(
 
 
 @pytest.mark.parametrize("model", ["v1_4_pipe", "demo_pipe"])
-def test_a_picture_alone_has_the_bytes_that_diffusers_gives(model: str, request: pytest.FixtureRequest):
+def test_single_picture_has_the_same_bytes_as_from_diffusers(model: str, request: pytest.FixtureRequest):
     pipe: StableDiffusionPipeline = request.getfixturevalue(model)
     scheduler = pipe.scheduler
     ours = generate(engines.around(pipe), prompt="the sea", num_inference_steps=4).pictures[0].image
@@ -63,7 +63,7 @@ def test_a_picture_alone_has_the_bytes_that_diffusers_gives(model: str, request:
     assert ours.tobytes() == theirs.tobytes()
 
 
-def test_image_i_is_what_seed_plus_i_gives_alone(demo_engine: Engine):
+def test_image_i_matches_a_single_picture_of_seed_plus_i(demo_engine: Engine):
     together = generate(demo_engine, prompt="a forest", seed=10, num_images=3, num_inference_steps=8).pictures
     assert [picture.seed for picture in together] == [10, 11, 12]
     for picture in together:
@@ -116,7 +116,7 @@ SMALL = {"width": 64, "height": 64, "guidance_scale": 0}
 @pytest.mark.parametrize("model", ["v1_4_pipe", "demo_pipe"])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_every_scheduler_works_at_few_steps(model: str, scheduler: str, steps: int, request: pytest.FixtureRequest):
+def test_scheduler_works_with_few_steps(model: str, scheduler: str, steps: int, request: pytest.FixtureRequest):
     engine = engines.around(request.getfixturevalue(model))
     options = SMALL | {"scheduler": scheduler, "num_inference_steps": steps}
     alone = generate(engine, **options).pictures[0].image
@@ -127,7 +127,7 @@ def test_every_scheduler_works_at_few_steps(model: str, scheduler: str, steps: i
 
 @pytest.mark.parametrize("model", ["v1_4_pipe", "demo_pipe"])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_every_scheduler_works_at_most_steps(model: str, scheduler: str, request: pytest.FixtureRequest):
+def test_scheduler_works_with_the_maximum_of_steps(model: str, scheduler: str, request: pytest.FixtureRequest):
     engine = engines.around(request.getfixturevalue(model))
     options = SMALL | {"scheduler": scheduler, "num_inference_steps": MAX_STEPS}
     # in one batch, since the steps take long
@@ -157,7 +157,7 @@ LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
         ("UniPCMultistep", LINSPACE | {"final_sigmas_type": "zero", "lower_order_final": True}),
     ],
 )
-def test_a_scheduler_is_what_diffusers_recommends_for_stable_diffusion(
+def test_scheduler_options_are_those_diffusers_recommends(
     model: str, name: str, expected: dict[str, Any], request: pytest.FixtureRequest
 ):
     pipe: StableDiffusionPipeline = request.getfixturevalue(model)
@@ -173,14 +173,16 @@ def test_a_scheduler_is_what_diffusers_recommends_for_stable_diffusion(
     assert {key: scheduler.config[key] for key in trained | expected} == trained | expected
 
 
-def test_timestep_spacing_of_the_model_is_kept(v1_4_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch):
+def test_schedulers_keep_the_models_timestep_spacing(
+    v1_4_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+):
     trailing = diffusers.DDIMScheduler.from_config(v1_4_pipe.scheduler.config, timestep_spacing="trailing")
     monkeypatch.setattr(v1_4_pipe, "scheduler", trailing)
     for name in set(SCHEDULERS) - {"DPMSolverSinglestep"}:
         assert BatchRunner(v1_4_pipe, "test")._new_scheduler(name).config.timestep_spacing == "trailing"
 
 
-def test_a_scheduler_leaves_nothing_behind(v1_4_engine: Engine):
+def test_scheduler_leaves_no_state_for_later_requests(v1_4_engine: Engine):
     before = generate(v1_4_engine, num_inference_steps=5)
     for scheduler in SCHEDULERS:
         generate(v1_4_engine, scheduler=scheduler, num_inference_steps=3)
@@ -192,7 +194,7 @@ def test_size_and_guidance_reach_the_pipeline(v1_4_engine: Engine):
     assert generate(v1_4_engine, guidance_scale=0).pictures != generate(v1_4_engine, guidance_scale=30).pictures
 
 
-def test_what_lies_beyond_77_tokens_is_quoted(demo_pipe: StableDiffusionPipeline, demo_engine: Engine):
+def test_warning_quotes_the_text_beyond_77_tokens(demo_pipe: StableDiffusionPipeline, demo_engine: Engine):
     tokenizer = demo_pipe.tokenizer
     fitting = " ".join(["sea"] * 80)
     while len(tokenizer(fitting).input_ids) > 77:
@@ -208,7 +210,7 @@ def test_what_lies_beyond_77_tokens_is_quoted(demo_pipe: StableDiffusionPipeline
     assert both[1] == 'negative_prompt: longer than 77 tokens, this part was not used: "blur"'
 
 
-def test_a_blanked_picture_is_black_and_said_to_be(v1_4_repository):
+def test_blanked_picture_is_black_and_reported(v1_4_repository):
     engine = engines.build(v1_4_repository)
     checker = engines.pipe_of(engine).safety_checker
     # cosines start at -1: every picture is over this threshold
@@ -224,11 +226,11 @@ def test_a_blanked_picture_is_black_and_said_to_be(v1_4_repository):
     assert generate(engine).pictures[0].nsfw is False
 
 
-def test_a_model_without_a_checker_says_nothing_of_nsfw(demo_engine: Engine):
+def test_model_without_safety_checker_reports_nothing_about_nsfw(demo_engine: Engine):
     assert generate(demo_engine).pictures[0].nsfw is None
 
 
-def test_nan_is_an_error_of_its_own_image(
+def test_nan_fails_only_the_request_of_its_image(
     v1_4_pipe: StableDiffusionPipeline, v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ):
     decode = v1_4_pipe.vae.decode
@@ -268,7 +270,7 @@ async def cancel_after(steps: list[int], count: int, job: asyncio.Task) -> None:
     job.cancel()
 
 
-def test_a_running_request_that_is_cancelled_frees_the_device_within_two_steps(v1_4_engine: Engine, steps: list[int]):
+def test_cancelled_request_frees_the_device_within_two_steps(v1_4_engine: Engine, steps: list[int]):
     async def cancel() -> int:
         job = asyncio.create_task(v1_4_engine.generate(request_for(v1_4_engine, num_inference_steps=150)))
         await cancel_after(steps, 5, job)
@@ -281,7 +283,7 @@ def test_a_running_request_that_is_cancelled_frees_the_device_within_two_steps(v
     assert len(steps) <= at + 2
 
 
-def test_a_cancelled_request_leaves_its_neighbours_alone(v1_4_engine: Engine, steps: list[int]):
+def test_cancelled_request_does_not_affect_others_in_its_batch(v1_4_engine: Engine, steps: list[int]):
     alone = generate(v1_4_engine, prompt="b", num_inference_steps=40).pictures[0]
     steps.clear()
 
@@ -302,7 +304,7 @@ def test_a_cancelled_request_leaves_its_neighbours_alone(v1_4_engine: Engine, st
 
 
 @pytest.mark.parametrize("at", ["unet", "decode"])
-def test_a_failed_calls_tensors_are_free_before_the_next_try(
+def test_tensors_of_a_failed_call_are_freed_before_the_next_try(
     at: str, v1_4_pipe: StableDiffusionPipeline, v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ):
     tensors: list[weakref.ref] = []
@@ -345,7 +347,7 @@ def test_a_failed_calls_tensors_are_free_before_the_next_try(
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_scheduler_calls_the_unet_once_a_step(name: str):
+def test_scheduler_calls_the_unet_once_per_step(name: str):
     """Costs, and the progress that /status shows, count on it."""
     scheduler = getattr(diffusers, SCHEDULERS[name].class_name).from_config(
         diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1).config

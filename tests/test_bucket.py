@@ -151,7 +151,7 @@ def settings(address: str = "https://s3.amazonaws.com", name: str = "pictures", 
 
 @pytest.mark.parametrize("address", REGIONAL)
 @pytest.mark.parametrize("form", ["neither", "in the host", "in the path"])
-def test_every_form_of_address_ends_in_the_same_object(storage: Storage, address: str, form: str):
+def test_every_form_of_address_stores_the_same_object(storage: Storage, address: str, form: str):
     scheme, host = address.split("//")
     given = {"neither": address, "in the host": f"{scheme}//pictures.{host}", "in the path": f"{address}/pictures/"}
     storage.requests.clear()
@@ -172,19 +172,19 @@ def test_every_form_of_address_ends_in_the_same_object(storage: Storage, address
     assert "X-Amz-Expires=604800" in link and "job-1/picture-1.png" in link
 
 
-def test_a_region_that_is_set_counts(storage: Storage):
+def test_configured_region_overrides_the_one_in_the_url(storage: Storage):
     storage.requests.clear()
     Bucket(settings("https://s3.us-west-2.amazonaws.com", region="auto")).upload(b"a PNG", "picture.png", "image/png")
     assert "/auto/s3/aws4_request" in storage.requests[0]["HTTP_AUTHORIZATION"]
 
 
-def test_a_bucket_may_have_the_name_of_its_storage():
+def test_bucket_may_have_the_name_of_its_storage():
     assert address("https://storage.googleapis.com", "storage") == ("https://storage.googleapis.com", "path")
     assert address("https://s3.local.example.com/s3", "s3") == ("https://s3.local.example.com", "path")
     assert address("https://x.supabase.co/storage/v1/s3/", "a") == ("https://x.supabase.co/storage/v1/s3", "path")
 
 
-def test_the_readmes_addresses_are_among_them():
+def test_readme_lists_only_tested_addresses():
     rows = re.findall(r"^\| [^|]+ \| `(https://\S+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     examples = {"region": "us-west-\\d+", "account": "account", "host": "minio.example.com"}
     assert len(rows) == 5
@@ -193,13 +193,13 @@ def test_the_readmes_addresses_are_among_them():
         assert any(re.fullmatch(pattern, address) for address in REGIONAL), row
 
 
-def test_a_storage_in_trouble_is_asked_again(storage: Storage):
+def test_upload_is_retried_after_server_errors(storage: Storage):
     storage.answers += [("503 Slow Down", {}), ("500 Internal Error", {})]
     Bucket(settings()).upload(b"a PNG", "job-6/picture.png", "image/png")
     assert storage.client.get_object(Bucket="pictures", Key="job-6/picture.png")["Body"].read() == b"a PNG"
 
 
-def test_a_job_gives_links_in_place_of_pictures(
+def test_job_returns_links_in_place_of_pictures(
     storage: Storage, v1_4_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -215,7 +215,7 @@ def test_a_job_gives_links_in_place_of_pictures(
 
 
 @pytest.mark.parametrize("output_format", get_args(OutputFormat))
-def test_a_link_is_named_and_typed_by_its_format(storage: Storage, v1_4_engine: Engine, output_format: str):
+def test_link_has_the_name_and_content_type_of_its_format(storage: Storage, v1_4_engine: Engine, output_format: str):
     asked = {"prompt": "a cat", "num_inference_steps": 1, "output_format": output_format}
     answer = asyncio.run(Worker(v1_4_engine, settings()).handle({"id": "job-5", "input": asked}))
     assert f"job-5/picture-1.{output_format}?" in answer["image_url"]
@@ -231,7 +231,7 @@ def refusal(settings: Settings, engine: Engine) -> str:
     return answer["error"]
 
 
-def test_a_bucket_that_fails_fails_the_job_and_leaves_nothing_behind(
+def test_failing_bucket_fails_the_job_and_leaves_no_local_file(
     storage: Storage, v1_4_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -256,7 +256,7 @@ def test_a_bucket_that_fails_fails_the_job_and_leaves_nothing_behind(
     ],
 )
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "307 Temporary Redirect", "308 Permanent Redirect"])
-def test_bucket_that_redirects_fails_the_job_at_once_and_says_where_it_is(
+def test_redirecting_bucket_fails_the_job_at_once_and_its_place_is_named(
     storage: Storage, status: str, headers: dict[str, str], place: str
 ):
     storage.requests.clear()
@@ -270,7 +270,7 @@ def test_bucket_that_redirects_fails_the_job_at_once_and_says_where_it_is(
     assert len(storage.requests) == 1
 
 
-def test_cancelled_job_stores_no_further_picture_and_holds_up_no_other(storage: Storage, v1_4_engine: Engine):
+def test_cancelled_job_stores_no_further_picture_and_delays_no_other_job(storage: Storage, v1_4_engine: Engine):
     barrier = threading.Barrier(2)
 
     async def cancel_during_the_first_upload() -> dict[str, Any]:
@@ -296,7 +296,7 @@ def test_cancelled_job_stores_no_further_picture_and_holds_up_no_other(storage: 
     ]
 
 
-def test_signature_of_a_link_stays_out_of_the_log(
+def test_log_leaves_out_the_signature_of_a_link(
     storage: Storage, v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.setattr(rp_job.log, "level", "DEBUG")
@@ -312,7 +312,7 @@ def test_signature_of_a_link_stays_out_of_the_log(
     assert all(len(each) == 64 and each not in log for each in signatures)
 
 
-def test_a_wrong_key_is_refused(storage: Storage):
+def test_wrong_access_key_is_refused(storage: Storage):
     # moto checks keys once it knows after how many requests to begin
     requests.post(f"{MOTO}/moto-api/reset-auth", data="0", timeout=10)
     try:

@@ -43,7 +43,7 @@ class Libcuda:
         (None, None, Driver(None, None)),
     ],
 )
-def test_driver_is_found_with_and_without_a_device(
+def test_driver_is_detected_with_and_without_a_device(
     monkeypatch, tmp_path: Path, version: str | None, libcuda: Libcuda | None, found: Driver
 ):
     def load(name: str) -> Libcuda:
@@ -91,13 +91,13 @@ def test_driver_is_found_with_and_without_a_device(
         (Driver("580.65.06", "13.0"), None, "PyTorch is built for the CPU"),
     ],
 )
-def test_the_operator_is_told_why_there_is_no_device(found: Driver, built_for: str | None, said: str):
+def test_message_explains_why_there_is_no_device(found: Driver, built_for: str | None, said: str):
     line = cuda_driver.why_no_device(found, built_for)
     assert re.search(said, line)
     assert "\n" not in line
 
 
-def test_empty_list_of_visible_devices_is_named():
+def test_message_names_an_empty_list_of_visible_devices():
     line = cuda_driver.why_no_device(Driver("550.54.14", "12.4"), "12.6", visible="")
     assert line == "CUDA_VISIBLE_DEVICES= hides the host's GPUs: unset it"
 
@@ -112,7 +112,7 @@ def test_kernels_run_on_later_devices_of_their_major_version(capability: tuple[i
 
 
 @pytest.mark.parametrize("capability", [(10, 0), (12, 0), (3, 7)])
-def test_device_without_kernels_is_refused_with_what_to_build(capability: tuple[int, int]):
+def test_device_without_kernels_is_refused_and_a_suitable_build_named(capability: tuple[int, int]):
     with pytest.raises(StartError) as refused:
         cuda_driver.check_kernels([*CUDA_12_6, "sm_100a", "sm_120a"], capability, "NVIDIA GeForce RTX 5090")
     assert re.search(r"no kernels for NVIDIA GeForce RTX 5090 \(compute .*whl/cu130$", str(refused.value))

@@ -41,18 +41,18 @@ LOST = [
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
-def test_out_of_memory_in_every_disguise(error: Exception):
+def test_out_of_memory_is_recognized_in_every_form(error: Exception):
     assert cuda_errors.is_out_of_memory(error)
     assert not cuda_errors.is_device_lost(error)
 
 
 @pytest.mark.parametrize("error", [*SURVIVED, *LOST], ids=str)
-def test_nothing_else_is_out_of_memory(error: Exception):
+def test_other_errors_are_not_out_of_memory(error: Exception):
     assert not cuda_errors.is_out_of_memory(error)
     assert cuda_errors.is_device_lost(error) == (error in LOST)
 
 
-def test_out_of_memory_in_a_graphs_capture_is_the_context_of_what_is_raised():
+def test_out_of_memory_during_a_graph_capture_is_found_in_the_context():
     with pytest.raises(RuntimeError) as raised:
         try:
             raise RuntimeError("GET was unable to find an engine to execute this computation")
@@ -62,7 +62,7 @@ def test_out_of_memory_in_a_graphs_capture_is_the_context_of_what_is_raised():
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_a_device_is_lost_when_it_answers_a_synchronize_with_an_error(lost: bool, monkeypatch: pytest.MonkeyPatch):
+def test_device_is_lost_when_synchronizing_fails(lost: bool, monkeypatch: pytest.MonkeyPatch):
     def synchronize() -> None:
         if lost:
             raise torch.AcceleratorError("CUDA error: unknown error")
@@ -72,7 +72,7 @@ def test_a_device_is_lost_when_it_answers_a_synchronize_with_an_error(lost: bool
     assert cuda_errors.is_device_lost(RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")) is lost
 
 
-def test_released_frames_let_tensors_go_and_keep_the_tracebacks_text():
+def test_releasing_frames_frees_tensors_and_keeps_the_traceback():
     tensors = []
 
     def fail(depth: int) -> None:

@@ -22,7 +22,7 @@ def generate(engine: Engine, prompt: str, **job_input: object) -> np.ndarray:
     return np.stack([np.asarray(picture.image) for picture in asyncio.run(engine.generate(request)).pictures])
 
 
-def test_it_is_small():
+def test_embedded_model_takes_at_most_16_mib():
     assert sum(path.stat().st_size for path in DEMO_MODEL.rglob("*") if path.is_file()) <= 16 * 2**20
 
 
@@ -34,19 +34,19 @@ def test_it_is_small():
         ("a white heart on a green background", "white", "green"),
     ],
 )
-def test_it_generates_the_colors_it_is_asked_for(demo_engine: Engine, prompt: str, color: str, background: str):
+def test_picture_has_the_colors_of_the_prompt(demo_engine: Engine, prompt: str, color: str, background: str):
     pictures = generate(demo_engine, prompt, num_images=4)
     found = Counter(evaluate.shape_colors(picture) for picture in pictures)
     assert found[color, background] >= 3, found
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_every_scheduler_generates_the_same_thing(demo_engine: Engine, scheduler: str):
+def test_every_scheduler_draws_what_the_prompt_says(demo_engine: Engine, scheduler: str):
     (picture,) = generate(demo_engine, "a red circle on a blue background", scheduler=scheduler)
     assert evaluate.shape_colors(picture) == ("red", "blue")
 
 
-def test_the_file_of_its_words_holds_those_of_the_captions():
+def test_words_file_is_up_to_date():
     assert (DEMO_MODEL / "words.json").read_text(encoding="utf-8") == captions.words()
 
 
@@ -61,7 +61,7 @@ def test_the_file_of_its_words_holds_those_of_the_captions():
         "🎿 mountain",
     ],
 )
-def test_a_prompt_that_it_knows_gets_no_warning(prompt: str):
+def test_known_prompt_gets_no_warning(prompt: str):
     assert vocabulary_warnings(prompt) == []
 
 
@@ -77,11 +77,11 @@ def test_a_prompt_that_it_knows_gets_no_warning(prompt: str):
         "🎿",
     ],
 )
-def test_a_prompt_that_it_does_not_know_gets_one(prompt: str):
+def test_unknown_prompt_gets_a_warning(prompt: str):
     assert vocabulary_warnings(prompt) == [NOT_UNDERSTOOD]
 
 
-def test_every_caption_without_filler_is_known_and_no_nonsense_is(monkeypatch: pytest.MonkeyPatch):
+def test_captions_without_filler_are_known_and_nonsense_is_not(monkeypatch: pytest.MonkeyPatch):
     rng = Random(0)
     assert all(map(vocabulary_warnings, (captions.nonsense(rng) for _ in range(200))))
     monkeypatch.setattr(captions, "FILLER", ("",))
@@ -89,13 +89,13 @@ def test_every_caption_without_filler_is_known_and_no_nonsense_is(monkeypatch: p
     assert not any(vocabulary_warnings(captions.caption(each, rng)) for each in scene)
 
 
-def test_the_warning_is_the_embedded_models_alone(demo_engine: Engine, v1_4_engine: Engine):
+def test_only_the_embedded_model_warns_about_its_vocabulary(demo_engine: Engine, v1_4_engine: Engine):
     for engine, warned in ((demo_engine, [NOT_UNDERSTOOD]), (v1_4_engine, [])):
         request = ImageRequest.parse({"prompt": "一座山", "num_inference_steps": 1}, engine.limits)
         assert asyncio.run(engine.generate(request)).warnings == warned
 
 
-def test_it_knows_how_people_ask(demo_engine: Engine):
+def test_time_of_day_and_snow_show_in_the_picture(demo_engine: Engine):
     day, dusk, midnight = (
         generate(demo_engine, f"the ocean {time}")[0] for time in ("at noon", "at dusk", "at midnight")
     )
@@ -106,11 +106,11 @@ def test_it_knows_how_people_ask(demo_engine: Engine):
 
 
 @pytest.mark.parametrize("prompt", ["?", "🎿", "山", "x" * 2000, "an astronaut riding a horse on mars"])
-def test_it_behaves_on_any_prompt(demo_engine: Engine, prompt: str):
+def test_any_prompt_gives_a_picture(demo_engine: Engine, prompt: str):
     assert generate(demo_engine, prompt, num_inference_steps=5).shape == (1, 128, 128, 3)
 
 
-def test_scenes_are_drawn_again_alike_and_shapes_can_be_read():
+def test_scene_is_drawn_reproducibly_and_its_colors_can_be_read():
     for scene in scenes.SHAPE_SCENES[::7]:
         picture = np.asarray(scenes.draw(scene, Random(1)))
         assert np.array_equal(picture, np.asarray(scenes.draw(scene, Random(1))))
@@ -118,14 +118,14 @@ def test_scenes_are_drawn_again_alike_and_shapes_can_be_read():
         assert evaluate.shape_colors(picture) == (scene.color, scene.background)
 
 
-def test_training_never_sees_what_is_held_out_and_every_part_of_it():
+def test_training_excludes_held_out_scenes_and_covers_every_attribute():
     seen = set(train.training_scenes(20_000))
     assert not seen & scenes.HELD_OUT
     for name, values in scenes.ATTRIBUTES.items():
         assert {getattr(scene, name) for scene in seen} == set(values)
 
 
-def test_captions_say_what_the_scene_has():
+def test_caption_names_the_shape_and_colors_of_its_scene():
     rng = Random(1)
     scene = scenes.Scene(shape="star", color="red", background="blue")
     for _ in range(200):
@@ -138,7 +138,7 @@ def test_captions_say_what_the_scene_has():
             assert any(word in text for word in words[name]), text
 
 
-def test_training_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path: Path):
+def test_resumed_training_equals_uninterrupted_training(tmp_path: Path):
     def trained(name: str, stop_at: int | None = None) -> torch.Tensor:
         torch.manual_seed(0)
         model, done = torch.nn.Linear(4, 1), 0

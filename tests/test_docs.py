@@ -18,15 +18,15 @@ from tests.support.fields import FIELDS
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: path.name)
-def test_file_holds_what_the_code_says(path: Any):
+def test_generated_file_is_up_to_date(path: Any):
     assert path.read_text(encoding="utf-8") == files()[path], "run python -m builder.docs"
 
 
-def test_documented_limits_of_the_embedded_model_are_its_own(demo_engine: Engine):
+def test_documented_limits_are_those_of_the_embedded_model(demo_engine: Engine):
     assert demo_engine.limits == DEMO
 
 
-def test_hub_defaults_presets_and_tests_are_accepted():
+def test_hub_defaults_presets_and_tests_are_valid():
     hub = json.loads((ROOT / ".runpod" / "hub.json").read_text())["config"]
     assert hub["gpuIds"] == "ADA_24,AMPERE_24"
     defaults = {each["key"]: str(each["input"]["default"]) for each in hub["env"]}
@@ -65,7 +65,7 @@ def test_input_schema_accepts_what_the_worker_accepts(job_input: dict[str, Any])
     assert valid == accepted or (valid and any(words in message for words in beyond)), message
 
 
-def test_output_schema_holds_what_the_worker_answers(client: Client):
+def test_output_schema_accepts_what_the_worker_answers(client: Client):
     validate = jsonschema.Draft202012Validator(output_schema()).validate
     for num_images in (1, 2):
         validate(client.generate("the sea " * 80, num_images=num_images)["output"])

@@ -36,7 +36,7 @@ def refused_to_start(ran: subprocess.CompletedProcess[str], said: str) -> None:
     assert ran.stderr == ""
 
 
-def test_the_bare_command_generates_the_test_input(tmp_path: Path):
+def test_command_without_arguments_runs_the_test_input(tmp_path: Path):
     (tmp_path / "test_input.json").write_text((HANDLER.parent / "test_input.json").read_text())
     ran = run_handler(tmp_path)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -59,7 +59,7 @@ def job(**job_input: object) -> str:
     return json.dumps({"input": {"prompt": "sea", "num_inference_steps": 2} | job_input})
 
 
-def test_several_pictures_are_numbered_and_their_result_is_logged_where_that_is_asked_for(tmp_path: Path):
+def test_several_pictures_are_numbered_and_their_result_is_logged_on_demand(tmp_path: Path):
     asked = job(num_images=2, output_format="webp", seed=7, prompt="the sea " * 80)
     ran = run_handler(tmp_path, "--test_input", asked, RUNPOD_DEBUG_LEVEL="INFO")
     assert ran.returncode == 0
@@ -81,7 +81,7 @@ def failure(ran: subprocess.CompletedProcess[str]) -> str:
     return line.removeprefix("ERROR  | Job local_test failed with error: ")
 
 
-def test_a_bad_job_fails_in_one_line(tmp_path: Path):
+def test_bad_job_fails_with_one_line(tmp_path: Path):
     ran = run_handler(tmp_path, "--test_input", '{"input": {"promt": "sea"}}')
     assert failure(ran) == "invalid input: prompt: required; promt: unknown field, did you mean prompt?"
     (tmp_path / "picture.png").mkdir()
@@ -89,7 +89,7 @@ def test_a_bad_job_fails_in_one_line(tmp_path: Path):
     assert failure(ran) == f"cannot write {tmp_path / 'picture.png'}: Is a directory"
 
 
-def test_on_a_terminal_a_bar_shows_the_steps(tmp_path: Path):
+def test_progress_bar_is_shown_on_a_terminal(tmp_path: Path):
     terminal, its_end = pty.openpty()
     fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     command = [sys.executable, HANDLER, "--test_input", job(num_inference_steps=100)]
@@ -119,13 +119,13 @@ def test_on_a_terminal_a_bar_shows_the_steps(tmp_path: Path):
         ("[1]", "test_input.json must be a job such as "),
     ],
 )
-def test_an_invalid_test_input_is_refused_before_the_start(tmp_path: Path, file: str | None, said: str):
+def test_invalid_test_input_is_refused_before_the_start(tmp_path: Path, file: str | None, said: str):
     if file is not None:
         (tmp_path / "test_input.json").write_text(file, encoding="latin-1")
     refused_to_start(run_handler(tmp_path), said.format(folder=tmp_path))
 
 
-def test_an_address_that_cannot_be_served_is_refused_before_the_start(tmp_path: Path):
+def test_unusable_server_address_is_refused_before_the_start(tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         ran = run_handler(tmp_path, "--rp_serve_api", "--rp_api_port", port)
@@ -145,20 +145,20 @@ def test_an_address_that_cannot_be_served_is_refused_before_the_start(tmp_path: 
         (["--rp_log_level", "loud"], "argument --rp_log_level: must be one of ERROR, WARN, "),
     ],
 )
-def test_arguments_that_it_does_not_know_are_refused(tmp_path: Path, arguments: list[str], said: str):
+def test_invalid_arguments_are_refused(tmp_path: Path, arguments: list[str], said: str):
     ran = run_handler(tmp_path, *arguments)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr.splitlines()[-1].startswith(f"handler.py: error: {said}")
 
 
-def test_a_log_level_that_the_sdk_does_not_know_is_refused(tmp_path: Path):
+def test_unknown_log_level_is_refused(tmp_path: Path):
     ran = run_handler(tmp_path, "--check", RUNPOD_LOG_LEVEL="loud")
     assert ran.returncode == 2
     assert "must be one of ERROR, WARN, INFO, DEBUG, TRACE, NOTSET, got loud" in ran.stderr
 
 
 @pytest.mark.parametrize("seconds", [0.3, 1.2])
-def test_interrupted_while_it_starts_it_ends_without_a_word(tmp_path: Path, seconds: float):
+def test_interrupt_during_the_start_ends_it_without_a_traceback(tmp_path: Path, seconds: float):
     process = subprocess.Popen(
         [sys.executable, HANDLER, "--check"],
         cwd=tmp_path,
@@ -173,7 +173,7 @@ def test_interrupted_while_it_starts_it_ends_without_a_word(tmp_path: Path, seco
     assert "Traceback" not in said
 
 
-def test_an_older_python_is_refused_in_one_line():
+def test_older_python_is_refused_with_one_line():
     code = f"import runpy, sys\nsys.version_info = (3, 10, 12)\nrunpy.run_path({str(HANDLER)!r}, run_name='__main__')"
     ran = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
     assert ran.returncode == 1
@@ -188,7 +188,7 @@ def test_an_older_python_is_refused_in_one_line():
         ({"MODEL_ID": "/no/such/model"}, "MODEL_ID=/no/such/model: no such directory"),
     ],
 )
-def test_a_worker_that_cannot_start_says_why_in_one_line(tmp_path: Path, environment: dict[str, str], said: str):
+def test_failed_start_is_explained_in_one_line(tmp_path: Path, environment: dict[str, str], said: str):
     refused_to_start(run_handler(tmp_path, "--check", **environment), said)
 
 
@@ -196,7 +196,7 @@ def post(address: str, **job_input: object) -> dict:
     return requests.post(address, json={"input": job_input}, timeout=60).json()
 
 
-def test_run_and_status(local_server: str):
+def test_local_server_runs_a_job(local_server: str):
     started = post(f"{local_server}/run", prompt="a red circle on a blue background", seed=1, num_inference_steps=10)
     assert started["status"] == "IN_PROGRESS"
     done = requests.post(f"{local_server}/status/{started['id']}", timeout=60).json()
@@ -205,7 +205,7 @@ def test_run_and_status(local_server: str):
     assert picture(done["output"]).size == (128, 128)
 
 
-def test_runsync_is_reproducible_and_speaks_any_language(local_server: str):
+def test_local_runsync_is_reproducible_and_takes_any_text(local_server: str):
     prompt = '山 🎿 "quoted" \\ and\nnew lines'
     first, second = (post(f"{local_server}/runsync", prompt=prompt, seed=2, num_inference_steps=3) for _ in "ab")
     assert first["status"] == "COMPLETED"
@@ -213,7 +213,7 @@ def test_runsync_is_reproducible_and_speaks_any_language(local_server: str):
     assert picture(first["output"]).text["parameters"].startswith(prompt)
 
 
-def test_a_bad_request_fails_in_words(local_server: str):
+def test_local_server_explains_a_bad_request(local_server: str):
     answer = post(f"{local_server}/runsync", prompt="x", width=515)
     assert answer["status"] == "FAILED"
     assert answer["error"] == "invalid input: width: must be a multiple of 8, got 515"

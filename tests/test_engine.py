@@ -77,7 +77,7 @@ def seeds(result: GenerationResult) -> list[int]:
     return [picture.seed for picture in result.pictures]
 
 
-def test_what_can_share_a_batch_does_oldest_first():
+def test_compatible_requests_share_a_batch_oldest_first():
     runner = StandIn()
     steps = {"a": 2, "b": 3}
     order = ["b1", "a1", "b2", "a2", "b3", "b4", "b5", "a3"]
@@ -85,7 +85,7 @@ def test_what_can_share_a_batch_does_oldest_first():
     assert runner.batches == [["b1", "b2", "b3", "b4"], ["a1", "a2", "a3"], ["b5"]]
 
 
-def test_images_count_towards_the_size_of_a_batch():
+def test_batch_size_counts_images():
     runner = StandIn()
     x, y = request(prompt="x", seed=0, num_images=3), request(prompt="y", seed=50, num_images=3)
     results = generate_together(Engine(runner, 4), x, y)
@@ -97,7 +97,7 @@ def test_images_count_towards_the_size_of_a_batch():
     assert [len(batch) for batch in runner.batches] == [1] * 4
 
 
-def test_one_thread_runs_one_batch_at_a_time_and_the_event_loop_stays_free():
+def test_one_batch_runs_at_a_time_and_the_event_loop_stays_free():
     running, most, ticks = 0, 0, 0
 
     def first(_: object) -> None:
@@ -119,12 +119,12 @@ def test_one_thread_runs_one_batch_at_a_time_and_the_event_loop_stays_free():
     assert most == 1 and ticks >= 5
 
 
-def test_warnings_are_those_of_the_request():
+def test_result_has_the_warnings_of_its_own_request():
     first, second = generate_together(Engine(StandIn(), 4), request(prompt="long"), request())
     assert (first.warnings, second.warnings) == (["long was cut"], [])
 
 
-def test_a_request_cancelled_while_it_waits_never_reaches_the_device():
+def test_request_cancelled_while_waiting_never_reaches_the_device():
     runner, device_is_free = StandIn(), threading.Event()
 
     async def cancel_one() -> list[Any]:
@@ -144,7 +144,7 @@ def test_a_request_cancelled_while_it_waits_never_reaches_the_device():
 
 
 @pytest.mark.parametrize("others", [0, 1])
-def test_a_batch_ends_at_the_next_step_when_all_of_its_requests_are_cancelled(others: int):
+def test_batch_ends_at_the_next_step_once_all_its_requests_are_cancelled(others: int):
     started, go_on = threading.Event(), threading.Event()
 
     def first(_: object) -> None:
@@ -170,7 +170,7 @@ def test_a_batch_ends_at_the_next_step_when_all_of_its_requests_are_cancelled(ot
     assert runner.steps == [1] + [1] * 9 * others
 
 
-def test_progress_grows_from_nothing_to_all_of_it():
+def test_progress_grows_from_zero_to_one_across_batches():
     progress, seen = Progress(), []
 
     class Watched(StandIn):
@@ -200,7 +200,7 @@ def test_out_of_memory_halves_a_batch_until_it_fits():
     assert runner.released == 2
 
 
-def test_what_did_not_fit_is_remembered_for_its_size():
+def test_batch_size_that_did_not_fit_is_remembered_per_picture_size():
     runner = out_of_memory_above(3)
     engine = Engine(runner, 8)
     sizes = []
@@ -213,7 +213,7 @@ def test_what_did_not_fit_is_remembered_for_its_size():
     assert sizes == [[8, 4, 2, 2, 2, 2], [3, 3, 2], [3, 3, 2], [8, 4, 2, 2, 2, 2]]
 
 
-def test_an_image_that_does_not_fit_alone_is_tried_again():
+def test_single_image_that_did_not_fit_is_tried_again_when_asked_again():
     runner = out_of_memory_above(0)
     engine = Engine(runner, 4)
     for _ in range(2):
@@ -228,7 +228,7 @@ def test_an_image_that_does_not_fit_alone_is_tried_again():
     assert seeds(result) == [3]
 
 
-def test_only_what_fails_alone_fails():
+def test_only_the_request_that_fails_alone_fails():
     runner = fail_with(RuntimeError("anything"), when=lambda requests: "b" in [each.prompt for each in requests])
     first, bad, last = generate_together(
         Engine(runner, 4), *(request(prompt=name, num_images=1 + (name == "a")) for name in "abc")
@@ -238,13 +238,13 @@ def test_only_what_fails_alone_fails():
     assert runner.batches == [["a", "a", "b", "c"], ["a", "a"], ["b"], ["c"]]
 
 
-def test_an_image_without_a_picture_fails_its_own_request():
+def test_failed_image_fails_only_its_own_request():
     first, bad, last = generate_together(Engine(StandIn(), 4), *(request(prompt=name) for name in ("a", "nan", "c")))
     assert seeds(first) == seeds(last) == [3]
     assert str(bad) == "not finite"
 
 
-def test_a_failure_in_handling_a_failure_leaves_nobody_waiting():
+def test_error_while_handling_an_error_leaves_no_request_waiting():
     runner = out_of_memory_above(1)
 
     def fail() -> None:
@@ -258,7 +258,7 @@ def test_a_failure_in_handling_a_failure_leaves_nobody_waiting():
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_lost_device_fails_all_that_is_in_flight_with_its_cause(shared: bool):
+def test_lost_device_fails_all_requests_with_its_cause(shared: bool):
     cause = RuntimeError("CUDA error: an illegal memory access was encountered")
     runner = fail_with(cause, when=lambda requests: True)
     engine = Engine(runner, 4)
@@ -273,7 +273,7 @@ def test_a_lost_device_fails_all_that_is_in_flight_with_its_cause(shared: bool):
         engine.warm_up()
 
 
-def test_a_launch_error_that_a_device_survives_fails_its_job_alone():
+def test_launch_error_that_the_device_survives_fails_only_its_request():
     error = RuntimeError("CUDA error: too many resources requested for launch")
     runner = fail_with(error, when=lambda requests: requests[0].width == 72)
     engine = Engine(runner, 4)
@@ -293,7 +293,7 @@ class Slow(StandIn):
         return super().run(requests, seeds, slow_step)
 
 
-def test_a_device_that_hangs_is_lost_for_what_is_in_flight_and_what_comes_later():
+def test_hanging_device_is_lost_for_current_and_later_requests():
     hangs, goes_on = threading.Event(), threading.Event()
 
     def hang(_: Sequence[ImageRequest]) -> None:
@@ -320,7 +320,7 @@ def test_a_device_that_hangs_is_lost_for_what_is_in_flight_and_what_comes_later(
         engine.warm_up()
 
 
-def test_a_device_that_is_slow_or_idle_is_not_lost():
+def test_slow_or_idle_device_is_not_lost():
     engine = Engine(Slow(), 4, stall_timeout=0.3)
     engine.warm_up()
     (result,) = generate_together(engine, request(num_inference_steps=6))

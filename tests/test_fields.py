@@ -24,7 +24,7 @@ def test_every_field_has_a_strategy():
 
 
 @given(st.fixed_dictionaries(FIELDS))
-def test_every_value_of_the_strategies_is_accepted_as_it_is(job_input: dict[str, Any]):
+def test_values_of_the_strategies_are_accepted_unchanged(job_input: dict[str, Any]):
     request = ImageRequest.parse(job_input, LIMITS)
     for name, value in job_input.items():
         assert getattr(request, name) == (value.strip() if isinstance(value, str) else value)
@@ -59,18 +59,18 @@ def test_field_reaches_the_pipeline(field: str, data: st.DataObject):
 
 @pytest.mark.parametrize("field", FIELDS)
 @given(st.data())
-def test_requests_share_a_batch_unless_they_differ_in_what_a_batch_shares(field: str, data: st.DataObject):
+def test_requests_share_a_batch_if_they_differ_only_per_image(field: str, data: st.DataObject):
     one, other = data.draw(two_requests(field))
     assert (one.batch_key == other.batch_key) == (field in PER_IMAGE)
 
 
 @pytest.mark.parametrize("field", FIELDS)
 @given(st.data())
-def test_picture_says_how_it_was_made(field: str, data: st.DataObject):
+def test_picture_parameters_say_how_it_was_made(field: str, data: st.DataObject):
     one, other = (parameters(request, request.seed, "none") for request in data.draw(two_requests(field)))
     assert (one == other) == (field in NOT_IN_A_PICTURE)
 
 
-def test_output_tells_what_the_client_may_not_know():
+def test_output_tells_every_value_the_client_may_not_know():
     asked_and_known = {"prompt", "negative_prompt", "num_images", "output_quality"}
     assert set(FIELDS) - set(get_type_hints(OneImage)) == asked_and_known

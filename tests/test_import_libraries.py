@@ -18,7 +18,7 @@ def real():
 """
 
 
-def test_start_imports_nothing_deferred_and_of_the_schedulers_only_klms_does_later(v1_4_repository):
+def test_start_imports_nothing_deferred_and_only_klms_does_later(v1_4_repository):
     for model in ("demo", str(v1_4_repository)):
         code = (
             f"{REAL}\n"
@@ -89,11 +89,11 @@ def outcomes() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("use", USES)
-def test_deferred_import_is_complete_when_it_is_used(outcomes: dict[str, str], use: str):
+def test_deferred_import_is_complete_when_used(outcomes: dict[str, str], use: str):
     assert outcomes[use] == "imported"
 
 
-def test_import_that_came_before_is_left_alone():
+def test_earlier_import_is_left_alone():
     code = (
         "import scipy.stats\n"
         "before = scipy.stats\n"

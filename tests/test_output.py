@@ -35,7 +35,7 @@ def opened(image: str) -> Image.Image:
     return picture
 
 
-def test_one_image():
+def test_output_of_one_image():
     result = output(request())
     picture = opened(result.pop("image"))
     assert (picture.format, picture.mode, picture.size, picture.getpixel((0, 0))) == (
@@ -56,7 +56,7 @@ def test_one_image():
     }
 
 
-def test_several_images():
+def test_output_of_several_images():
     result = output(request(num_images=3), warnings=("look out",))
     images = result.pop("images")
     assert [image["seed"] for image in images] == [5, 6, 7]
@@ -66,7 +66,7 @@ def test_several_images():
     assert not {"image", "seed", "nsfw_content_detected"} & set(result)
 
 
-def test_a_png_is_what_it_always_was():
+def test_png_is_what_pillow_saves_with_the_parameters():
     info = PngInfo()
     info.add_text("parameters", parameters(request(), 5, "demo"))
     file = io.BytesIO()
@@ -76,7 +76,7 @@ def test_a_png_is_what_it_always_was():
 
 
 @pytest.mark.parametrize("output_format", [name for name in get_args(OutputFormat) if name != "png"])
-def test_other_formats_carry_the_same_parameters_and_are_as_large_as_their_quality(output_format: str):
+def test_jpeg_and_webp_carry_the_parameters_and_grow_with_quality(output_format: str):
     # a few of the embedded model's own pictures
     image = Image.open(DEMO_MODEL / "grid.png").convert("RGB").crop((0, 0, 256, 256))
     sizes, differences = [], []
@@ -103,7 +103,7 @@ def test_other_formats_carry_the_same_parameters_and_are_as_large_as_their_quali
 
 @pytest.mark.parametrize("prompt", ["a cat", "two\nlines", "emoji 🎿", "中文山, Steps: 3", "ünïcödé"])
 @pytest.mark.parametrize("negative_prompt", ["", "blurry, 模糊"])
-def test_a_saved_picture_can_be_made_again(prompt: str, negative_prompt: str):
+def test_saved_picture_holds_all_parameters_to_make_it_again(prompt: str, negative_prompt: str):
     asked = request(prompt=prompt, negative_prompt=negative_prompt, guidance_scale=1 / 3, scheduler="K_EULER")
     text = opened(output(asked)["image"]).text["parameters"]
     assert text == parameters(asked, 5, "demo")
@@ -120,7 +120,7 @@ def test_a_saved_picture_can_be_made_again(prompt: str, negative_prompt: str):
     }
 
 
-def test_a_result_over_the_limit_is_refused_and_one_at_it_is_not():
+def test_result_over_the_limit_is_refused_and_one_at_the_limit_is_not():
     size = len(json.dumps({"output": output(request())}))
     output(request(), limit=size)
     with pytest.raises(JobError, match="or have a bucket set up") as refused:

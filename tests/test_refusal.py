@@ -26,7 +26,9 @@ pytestmark = pytest.mark.process
         ({"MODEL_ID": "/nowhere"}, "MODEL_ID=/nowhere: no such directory"),
     ],
 )
-def test_jobs_are_answered_where_no_restart_can_help(tmp_path: Path, settings: dict[str, str], why: str):
+def test_jobs_are_answered_with_the_start_error_when_no_restart_can_help(
+    tmp_path: Path, settings: dict[str, str], why: str
+):
     with serving() as platform, (tmp_path / "log").open("wb") as log:
         worker = platform.workers[platform.start_worker(log=log, **settings)].process
         client = Client(platform)
@@ -48,7 +50,7 @@ def test_jobs_are_answered_where_no_restart_can_help(tmp_path: Path, settings: d
         ({"MODEL_ID": ""}, "StartError: no CUDA device: "),
     ],
 )
-def test_worker_that_another_host_may_cure_takes_no_job_and_reports_why(
+def test_worker_takes_no_job_and_reports_why_when_another_host_may_help(
     tmp_path: Path, settings: dict[str, str], why: str
 ):
     with serving() as platform, (tmp_path / "log").open("wb") as log:
@@ -65,7 +67,7 @@ def test_worker_that_another_host_may_cure_takes_no_job_and_reports_why(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_process_1_of_a_container_ends_its_start_when_told_to(tmp_path: Path, number: signal.Signals):
+def test_process_1_of_a_container_ends_at_once_on_a_signal_during_start(tmp_path: Path, number: signal.Signals):
     if os.geteuid() or not shutil.which("unshare"):
         pytest.skip("needs root, for a namespace in which the worker is process 1")
     environment = os.environ | {"ALWAYS_HANG": "1", "MODEL_ID": "demo"}

@@ -27,7 +27,7 @@ def refusal(job_input: object, limits: ModelLimits = V1_4) -> str:
     return said.removeprefix("invalid input: ")
 
 
-def test_the_baselines_body_gets_the_models_defaults():
+def test_prompt_alone_gets_the_models_defaults():
     request = ImageRequest.parse({"prompt": "a cat"}, V1_4)
     assert (
         request.model_dump().items()
@@ -54,7 +54,7 @@ def test_null_means_the_default():
     assert refusal({"prompt": None}) == "prompt: required"
 
 
-def test_seeds_are_drawn_anew_and_count_up():
+def test_seed_is_drawn_at_random_and_counts_up_per_image():
     drawn = {parse().seed, parse().seed, parse(seed=-1).seed, parse(seed=-1.0).seed, parse(seed=None).seed}
     assert len(drawn) == 5
     assert min(drawn) >= 0 and max(drawn) < 2**32
@@ -90,7 +90,7 @@ def test_seeds_are_drawn_anew_and_count_up():
         ),
     ],
 )
-def test_bounds(field: str, inside: list, outside: list):
+def test_values_within_the_bounds_are_accepted_and_others_refused(field: str, inside: list, outside: list):
     for value in inside:
         accepted = getattr(parse(**{field: value}), field)
         assert accepted == (value.strip() if isinstance(value, str) else value)
@@ -99,7 +99,7 @@ def test_bounds(field: str, inside: list, outside: list):
         assert refusal({"prompt": "a cat", field: value}).startswith(f"{field}: must ")
 
 
-def test_the_embedded_model_generates_smaller_pictures():
+def test_embedded_model_has_a_lower_size_limit():
     assert parse(DEMO, width=256).width == 256
     assert refusal({"prompt": "x", "width": 264}, DEMO) == "width: must be at most 256, got 264"
 
@@ -109,17 +109,17 @@ TEXTS = ("prompt", "negative_prompt", "output_format", "scheduler")
 
 
 @pytest.mark.parametrize("field", list(ImageRequest.model_fields))
-def test_wrong_types(field: str):
+def test_wrong_type_is_refused(field: str):
     for value in [*NOTHING_TAKES, 512 if field in TEXTS else "512"]:
         assert refusal({"prompt": "a cat", field: value}).startswith(f"{field}: must be ")
 
 
 @pytest.mark.parametrize("job_input", [None, [], ["x"], "a cat", 5, True])
-def test_input_that_is_no_object(job_input: object):
+def test_input_that_is_no_object_is_refused(job_input: object):
     assert refusal(job_input).startswith('must be an object such as {"prompt": "..."}, got ')
 
 
-def test_an_unknown_format_is_refused_with_those_there_are():
+def test_error_for_an_unknown_format_lists_the_formats():
     assert refusal({"prompt": "x", "output_format": "gif"}) == "output_format: must be png, jpeg or webp, got gif"
 
 
@@ -155,7 +155,7 @@ def test_all_errors_are_reported_together():
         ("size", "width and height"),
     ],
 )
-def test_the_nearest_name_is_suggested(name: str, meant: str):
+def test_nearest_field_name_is_suggested(name: str, meant: str):
     assert refusal({"prompt": "x", name: 1}) == f"{name}: unknown field, did you mean {meant}?"
 
 
@@ -163,18 +163,18 @@ def test_the_nearest_name_is_suggested(name: str, meant: str):
     "name",
     ["zzz", "", "_", "output", "num", "image", "init_image", "strength", "clip_skip", "lora", "model", "hires_fix"],
 )
-def test_a_name_that_is_not_near_gets_no_suggestion(name: str):
+def test_unrelated_field_name_gets_no_suggestion(name: str):
     assert refusal({"prompt": "x", name: 1}) == f"{name}: unknown field"
 
 
-def test_a_flood_of_faults_is_cut():
+def test_error_with_many_faults_is_cut():
     fields = list(ImageRequest.model_fields)
     said = refusal({name: [] for name in fields} | {f"zz{i}" * 1000: 1 for i in range(len(fields))})
     assert said.endswith(f"; and {2 * len(fields) - MAX_REPORTED_ERRORS} more")
     assert len(said) < 2000
 
 
-def test_a_flood_of_unknown_fields_is_refused_by_their_number():
+def test_error_for_very_many_unknown_fields_counts_them():
     flood = {f"zz{i}": 1 for i in range(900_000)} | {"prompt": "x"}
     started = time.process_time()
     assert refusal(flood).startswith("900,000 unknown fields, there are only prompt, negative_prompt, width")
@@ -189,7 +189,7 @@ def test_unprintable_text_is_refused(text: str):
         assert refusal({"prompt": "x", field: text}).startswith(f"{field}: must ")
 
 
-def test_a_line_end_of_windows_is_a_newline():
+def test_windows_line_end_becomes_a_newline():
     request = parse(prompt="two\r\nlines\r\n", negative_prompt="a\r\n\r\nb", seed=1)
     assert request == parse(prompt="two\nlines", negative_prompt="a\n\nb", seed=1)
 
@@ -197,18 +197,18 @@ def test_a_line_end_of_windows_is_a_newline():
 @pytest.mark.parametrize(
     "text", ["emoji 🎿🏔️", "中文山", "two\nlines\tand a tab", 'quotes " and \\ backslash', "العربية"]
 )
-def test_any_printable_text_is_kept(text: str):
+def test_printable_text_is_kept(text: str):
     assert parse(prompt=text, negative_prompt=text).prompt == text
 
 
-def test_the_last_images_seed_can_be_sent_again():
+def test_seed_of_the_last_image_can_be_sent_again():
     assert parse(seed=MAX_SEED - 3, num_images=4).seeds[-1] == MAX_SEED
     assert refusal({"prompt": "x", "seed": MAX_SEED, "num_images": 2}) == (
         f"seed: must be at most {MAX_SEED - 1} for 2 images, got {MAX_SEED}"
     )
 
 
-def test_a_refusal_never_repeats_the_prompt():
+def test_error_never_repeats_the_prompt():
     assert "secret" not in refusal({"prompt": ["secret"], "negative_prompt": {"secret": "secret"}})
     assert "secret" not in refusal({"prompt": "secret\x00"})
 
@@ -221,7 +221,7 @@ JSON = st.recursive(
 
 
 @given(JSON | st.dictionaries(st.sampled_from([*ImageRequest.model_fields, "extra"]), JSON))
-def test_whatever_is_sent_is_either_taken_whole_or_refused_in_words(job_input: object):
+def test_any_json_is_either_accepted_whole_or_refused_with_a_message(job_input: object):
     try:
         request = ImageRequest.parse(job_input, V1_4)
     except JobError as error:

@@ -16,7 +16,7 @@ def refusal(**environment: str) -> str:
     return str(refused.value)
 
 
-def test_nothing_set_gives_the_defaults():
+def test_empty_environment_gives_the_defaults():
     assert Settings.from_environment({}) == Settings()
     assert Settings.from_environment({"MODEL_ID": "", "HF_TOKEN": " "}) == Settings()
 
@@ -67,7 +67,7 @@ def test_every_variable_is_read():
         assert getattr(settings, name).get_secret_value() == secret
 
 
-def test_a_bucket_is_set_up_as_a_whole_or_not_at_all():
+def test_bucket_is_set_up_completely_or_not_at_all():
     said = refusal(BUCKET_NAME="pictures", BUCKET_ACCESS_KEY_ID="key", BUCKET_SECRET_ACCESS_KEY="hidden")
     assert said == "BUCKET_ENDPOINT_URL not set: set all of BUCKET_* or none"
     said = refusal(BUCKET_ENDPOINT_URL="https://storage.example.com")
@@ -90,17 +90,17 @@ def test_a_bucket_is_set_up_as_a_whole_or_not_at_all():
         ("MAX_RESULT_BYTES", "-1", "an integer from 1000 to 20000000"),
     ],
 )
-def test_a_bad_value_is_named_with_what_is_allowed(name: str, value: str, allowed: str):
+def test_error_names_the_bad_value_and_what_is_allowed(name: str, value: str, allowed: str):
     assert refusal(**{name: value}) == f"{name}={value}: must be {allowed}"
 
 
-def test_long_value_is_quoted_in_part():
+def test_error_shortens_a_long_value():
     said = refusal(MAX_BATCH_IMAGES="9" * 5000)
     assert said == f"MAX_BATCH_IMAGES={'9' * 40}...: must be an integer from 1 to 64"
 
 
 @pytest.mark.parametrize("name", [name.upper() for name in Settings.model_fields])
-def test_no_setting_is_refused_in_the_validators_own_words(name: str):
+def test_errors_are_never_in_the_validators_own_words(name: str):
     for value in ("?", "-1", "9" * 5000, "a b"):
         try:
             Settings.from_environment({name: value})
@@ -108,7 +108,7 @@ def test_no_setting_is_refused_in_the_validators_own_words(name: str):
             assert re.fullmatch(r"\w+=.*: must .*|.* not set: set all of BUCKET_\* or none", str(error))
 
 
-def test_the_embedded_models_name_has_no_case():
+def test_name_of_the_embedded_model_ignores_case():
     assert Settings.from_environment({"MODEL_ID": "Demo"}) == Settings(model_id="demo")
     assert Settings.from_environment({"MODEL_ID": "Demo/Model"}).model_id == "Demo/Model"
 
@@ -125,13 +125,13 @@ def test_the_embedded_models_name_has_no_case():
         ("MODELID", "MODEL_ID"),
     ],
 )
-def test_a_variable_that_is_nearly_a_setting_is_reported(variable: str, meant: str):
+def test_misspelt_variable_is_reported(variable: str, meant: str):
     hint = f"{variable} is not a setting: did you mean {meant}?"
     assert typo_hints({variable: "1", "PATH": "/bin"}) == [hint]
     assert refusal(**{variable: "1", "ATTENTION_SLICING": "x"}).endswith(f"; {hint}")
 
 
-def test_what_others_read_is_not_taken_for_a_slip():
+def test_variables_of_libraries_are_not_taken_for_misspelt_settings():
     """Every variable that the platform's SDK and the hub's library ask for by a name in their code."""
     asked = set()
     for library in (runpod, huggingface_hub):
@@ -141,7 +141,7 @@ def test_what_others_read_is_not_taken_for_a_slip():
     assert typo_hints(dict.fromkeys(asked, "1")) == []
 
 
-def test_all_bad_values_are_reported_together_and_the_token_never():
+def test_bad_values_are_reported_together_and_the_token_never():
     said = refusal(HF_TOKEN="hf_secret", ATTENTION_SLICING="x", SAFETY_CHECKER="maybe")
     assert "ATTENTION_SLICING=x" in said
     assert "SAFETY_CHECKER=maybe" in said

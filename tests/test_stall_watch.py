@@ -13,7 +13,7 @@ TIMEOUT = 1.0
 
 
 @pytest.mark.process
-def test_time_while_the_process_is_frozen_does_not_count():
+def test_time_during_which_the_process_is_frozen_does_not_count():
     code = f"""
 from src.generation.stall_watch import StallWatch
 

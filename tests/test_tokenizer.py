@@ -18,7 +18,7 @@ def clip_bytes() -> list[str]:
 
 
 @pytest.mark.skipif(OPEN_CLIP is None, reason="CLIP's vocabulary comes with open_clip_torch, which is not installed")
-def test_clips_own_vocabulary(tmp_path: Path):
+def test_pinned_tokenizer_reads_clips_own_vocabulary(tmp_path: Path):
     packed = Path(OPEN_CLIP.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
     merges = gzip.decompress(packed.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     words = [*clip_bytes(), *(byte + "</w>" for byte in clip_bytes()), *(merge.replace(" ", "") for merge in merges)]

@@ -24,7 +24,7 @@ def job(**job_input: object) -> dict[str, Any]:
     return {"id": "job-1", "input": {"prompt": "a secret cat", "num_inference_steps": 2, "seed": 1} | job_input}
 
 
-def test_a_job_in_and_its_output_out(v1_4_engine: Engine, capsys: pytest.CaptureFixture):
+def test_job_is_answered_with_its_picture(v1_4_engine: Engine, capsys: pytest.CaptureFixture):
     output = run(v1_4_engine, job())
     image = Image.open(io.BytesIO(base64.b64decode(output.pop("image"))))
     assert image.size == (64, 64)
@@ -69,7 +69,7 @@ def test_bad_input_is_answered_with_an_error(v1_4_engine: Engine, capsys: pytest
     assert "secret" not in log
 
 
-def test_an_unexpected_error_is_described_in_the_log_alone(
+def test_unexpected_error_is_described_only_in_the_log(
     v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     def fail(*_: object, **__: object) -> None:
@@ -84,7 +84,7 @@ def test_an_unexpected_error_is_described_in_the_log_alone(
     assert "image" in run(v1_4_engine, job())
 
 
-def test_a_device_fault_reaches_the_platform_as_refresh_worker(v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch):
+def test_device_fault_asks_the_platform_to_replace_the_worker(v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object, **__: object) -> None:
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
@@ -95,13 +95,13 @@ def test_a_device_fault_reaches_the_platform_as_refresh_worker(v1_4_engine: Engi
     }
 
 
-def test_a_result_over_the_limit_is_an_error(v1_4_engine: Engine):
+def test_result_over_the_limit_is_an_error(v1_4_engine: Engine):
     answer = run(v1_4_engine, job(num_images=4), Settings(max_result_bytes=10_000))
     assert set(answer) == {"error"}
     assert "the limit is 0.0 MB: ask for fewer or smaller images, for" in answer["error"]
 
 
-def test_a_job_delivered_again_gets_the_same_answer_unless_it_failed(v1_4_engine: Engine):
+def test_job_delivered_again_gets_the_same_answer_unless_it_failed(v1_4_engine: Engine):
     worker = Worker(v1_4_engine, Settings())
 
     async def answer(job_id: str, **job_input: object) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def test_a_job_delivered_again_gets_the_same_answer_unless_it_failed(v1_4_engine
 
 
 @pytest.mark.process
-def test_job_opens_no_file_unless_a_deferred_import_needs_one_and_says_so_when_none_can_be_opened():
+def test_job_needs_no_file_descriptor_but_for_a_deferred_import_whose_failure_is_explained():
     code = """
 import asyncio, os, resource
 import handler
