@@ -79,13 +79,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--small", action="store_true", help="run what a CPU can of the tests that need a CUDA device")
 
 
-@pytest.fixture(autouse=True)
-def gpu(request: pytest.FixtureRequest) -> None:
-    needs_device = request.node.get_closest_marker("gpu") and not request.config.getoption("small")
-    if needs_device and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> Iterator[None]:
     """Tests can interrupt the processes that they start: a suite in the background, and its children, ignore SIGINT."""
@@ -98,8 +91,11 @@ PROCESS_FIXTURES = {"platform", "local_server", "node_modules"}
 """Fixtures that start a process: the tests that use them get the ``process`` marker."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    without_device = not torch.cuda.is_available() and not config.getoption("small")
     for item in items:
+        if without_device and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip("needs a CUDA device"))
         if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.process)
     # two at a time, the files that take longest must not be last

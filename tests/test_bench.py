@@ -23,6 +23,14 @@ def test_a_start_is_measured(way: str, v1_4_repository: Path):
 
 
 @pytest.mark.process
+def test_what_a_cpu_can_run_of_the_tests_on_a_device_passes():
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--small"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
+    assert re.search(r"^3\d passed, 4 skipped, \d+ deselected", ran.stdout, re.M)
+
+
+@pytest.mark.process
 def test_every_way_to_generate_is_measured():
     command = [sys.executable, "-m", "tests.bench.gpu", "--small", "--runs", "1", "--steps", "2", "--price", "1"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,284 @@
+"""The worker on a CUDA device, in float16 with a full-size model of random weights: ``python -m pytest -m gpu``.
+
+With ``--small`` a shrunken model on the CPU does what it can of that: it shows that these tests work, and nothing else.
+"""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from src.errors import JobError
+from src.generation.attention import enable_attention_slicing
+from src.generation.batch_runner import BatchRunner
+from src.generation.cuda_graphs import Capture, CaptureInvalidated, GraphedStep, Inputs
+from src.generation.engine import Engine
+from src.generation.pending import Progress
+from src.schedulers import SCHEDULERS
+from src.startup import prefetch
+from tests.bench import cold_start
+from tests.support import engines
+from tests.support.client import Client
+from tests.support.engines import generate, generate_together, pipe_of, request_for
+from tests.support.platform_stub import serving
+from tests.support.processes import FAULTY, python
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.float16) if CUDA else ("cpu", torch.float32)
+real_device = pytest.mark.skipif(not CUDA, reason="what is tested is the device itself")
+
+
+@pytest.fixture(scope="module")
+def model(request: pytest.FixtureRequest, v1_4_repository: Path) -> Path:
+    if request.config.getoption("small"):
+        return v1_4_repository
+    cold_start.make_once(cold_start.MODELS)
+    return cold_start.MODELS / "baked"
+
+
+@pytest.fixture(scope="module", params=["off", "graphs"])
+def engine(model: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """A started worker's engine as it is by default, then with CUDA graphs."""
+    engine = engines.build(model, acceleration=request.param)
+    engine.warm_up()
+    yield engine
+    engines.shut_down(engine)
+
+
+@pytest.fixture(scope="module")
+def pipe(model: Path) -> StableDiffusionPipeline:
+    return pipe_of(engines.build(model))
+
+
+def pixels(engine: Engine, **job_input: Any) -> np.ndarray:
+    """The pictures of a request, (images, height, width, 3), from 0 to 255."""
+    return np.stack([picture.image for picture in generate(engine, **job_input).pictures]).astype(float)
+
+
+def difference(some: np.ndarray, others: np.ndarray) -> float:
+    """The mean difference of two pictures, in levels of 255: 40 for two seeds of the full-size model, as measured."""
+    return float(np.abs(some - others).mean())
+
+
+def unet_inputs(pipe: StableDiffusionPipeline, images: int = 2, shrunk: int = 1) -> Inputs:
+    """Random inputs of one step, for latents of ``1 / shrunk`` of the native width and height."""
+    config = pipe.unet.config
+    size = config.sample_size // shrunk
+    shapes = (images, config.in_channels, size, size), (images, 77, config.cross_attention_dim)
+    latents, text = (torch.randn(shape, device=DEVICE, dtype=DTYPE) for shape in shapes)
+    return latents, torch.randint(1000, (), device=DEVICE), text
+
+
+@real_device
+def test_the_kernels_that_a_start_loads_are_there():
+    prefetch._compute_something_small(DEVICE)
+
+
+def test_a_worker_starts(engine: Engine):
+    pipe = pipe_of(engine)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.safety_checker):
+        assert (part.device.type, part.dtype) == (DEVICE, DTYPE)
+
+
+def test_a_picture_in_a_batch_of_four_is_the_one_that_is_made_alone(engine: Engine):
+    # with graphs the second batch of a shape is captured, and the third replayed
+    together = [pixels(engine, num_images=4, seed=1) for _ in range(3)]
+    alone = np.concatenate([pixels(engine, seed=seed) for seed in range(1, 5)])
+    for pictures in together:
+        assert difference(pictures, alone) < 2
+    assert difference(alone[:-1], alone[1:]) > 4
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_generates(engine: Engine, scheduler: str):
+    first, second = pixels(engine, scheduler=scheduler, num_images=2, num_inference_steps=4)
+    assert difference(first, second) > 0
+
+
+def test_the_largest_size_generates(engine: Engine):
+    size = engine.limits.max_size
+    assert pixels(engine, width=size, height=size).shape == (1, size, size, 3)
+
+
+@pytest.mark.parametrize("scheduler", ["PNDM", "K_EULER"])
+def test_a_cancelled_request_frees_the_device(engine: Engine, scheduler: str):
+    """Of the two, PNDM waits for the device at each step; K_EULER never does."""
+
+    async def cancel_one() -> float:
+        progress = Progress()
+        request = request_for(engine, num_inference_steps=150, num_images=4, scheduler=scheduler)
+        running = asyncio.create_task(engine.generate(request, progress))
+        while not progress.share:
+            await asyncio.sleep(0.01)
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+        await engines.until_idle(engine)
+        return progress.share
+
+    assert 0 < asyncio.run(cancel_one()) < 0.5
+
+
+def test_a_device_that_hangs_is_noticed(pipe: StableDiffusionPipeline):
+    engine, over = Engine(BatchRunner(pipe, "test"), 4, stall_timeout=1), threading.Event()
+
+    def hang(*_: object) -> None:
+        if CUDA:
+            # 5 s at 2 GHz
+            torch.cuda._sleep(10_000_000_000)
+        else:
+            over.wait(60)
+
+    engine.warm_up()
+    hook = pipe.unet.register_forward_pre_hook(hang)
+    try:
+        with pytest.raises(JobError, match="the GPU failed") as failed:
+            generate(engine)
+    finally:
+        hook.remove()
+        over.set()
+        engines.shut_down(engine)
+    assert failed.value.refresh_worker
+
+
+@pytest.mark.process
+def test_a_poisoned_device_has_its_worker_replaced(model: Path):
+    # without a device, RunPod's workers take no other model than the embedded one
+    model_id, prompt = (str(model), "device-side assert") if CUDA else ("demo", "poison")
+    with serving() as platform:
+        client = Client(platform)
+        first = platform.start_worker(FAULTY, MODEL_ID=model_id)
+        poison = client.finished(client.run(prompt))
+        assert poison["error"] == "the GPU failed and this worker is being replaced: send the job again"
+        assert platform.workers[first].process.wait(60) == 1
+        done = client.generate()
+        assert (done["status"], done["workerId"]) == ("COMPLETED", "worker-2")
+
+
+@real_device
+@pytest.mark.process
+def test_out_of_memory_makes_batches_smaller_and_leaves_a_worker_that_works(model: Path):
+    printed = python(f"from tests.test_gpu import run_out_of_memory; run_out_of_memory({str(model)!r})")
+    told = json.loads(printed.splitlines()[-1])
+    # of 16 images of the largest size
+    assert 0 < told["fitting"] < 16
+    assert told["pictures"] == 16
+    assert told["error"] == "an image of 1024 x 1024 did not fit in GPU memory: ask for 512 x 512"
+    assert told["native"] == 1
+
+
+def run_out_of_memory(model: str) -> None:
+    """Generates with too little memory, in a process of its own, and prints what comes of it.
+
+    By count, a step of 16 images of 1024 x 1024 needs 8 GiB and decoding one 1.5; a picture of 512 x 512 needs 0.4.
+    """
+    engine = engines.build(model, max_batch_images=16)
+    engine.warm_up()
+    largest = dict.fromkeys(("width", "height"), engine.limits.max_size)
+
+    def allow(gib: float) -> None:
+        """Caps what PyTorch may take beyond the weights."""
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + gib * 2**30) / total)
+
+    allow(4)
+    requests = [request_for(engine, num_images=4, seed=seed, **largest) for seed in (0, 10, 20, 30)]
+    results = generate_together(engine, *requests)
+    told = {
+        "pictures": sum(len(result.pictures) for result in results),
+        "fitting": engine._fitting_images[engine.limits.max_size, engine.limits.max_size],
+    }
+    allow(0.8)
+    try:
+        generate(engine, **largest)
+    except JobError as error:
+        told["error"] = str(error)
+    told["native"] = len(generate(engine).pictures)
+    print(json.dumps(told))
+
+
+@torch.inference_mode()
+def test_slices_compute_what_plain_attention_does(pipe: StableDiffusionPipeline):
+    inputs = unet_inputs(pipe)
+    pipe.disable_attention_slicing()
+    plain = pipe.unet(*inputs).sample
+    try:
+        for setting in ("max", "auto"):
+            enable_attention_slicing(pipe, setting)
+            torch.testing.assert_close(pipe.unet(*inputs).sample, plain, atol=1e-2, rtol=1e-2)
+    finally:
+        enable_attention_slicing(pipe, "auto")
+
+
+@pytest.fixture
+def graphed(pipe: StableDiffusionPipeline) -> Iterator[GraphedStep]:
+    """Captures what it meets at once, as in a first batch."""
+    graphed = GraphedStep(pipe.unet.forward, Capture() if CUDA else lambda step, inputs: step)
+    yield graphed
+    graphed.clear()
+    torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def test_graphs_of_several_shapes_predict_what_the_unet_does(graphed: GraphedStep, pipe: StableDiffusionPipeline):
+    shapes = [(2, 1), (2, 2), (8, 1), (8, 2)]
+    for images, shrunk in shapes * 3:
+        inputs = unet_inputs(pipe, images, shrunk)
+        (predicted,) = graphed(*inputs, return_dict=False)
+        torch.testing.assert_close(predicted, pipe.unet(*inputs).sample, atol=1e-2, rtol=1e-2)
+    assert len(graphed._graphs) == len(shapes)
+
+
+@torch.inference_mode()
+def test_what_a_graph_predicted_outlives_the_next_replay(graphed: GraphedStep, pipe: StableDiffusionPipeline):
+    graphed(*unet_inputs(pipe), return_dict=False)
+    (first,) = graphed(*unet_inputs(pipe), return_dict=False)
+    before = first.clone()
+    graphed(*unet_inputs(pipe), return_dict=False)
+    assert torch.equal(first, before)
+
+
+@real_device
+@torch.inference_mode()
+def test_dropped_graphs_give_their_memory_back(graphed: GraphedStep, pipe: StableDiffusionPipeline):
+    def reserved() -> int:
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    before = reserved()
+    inputs = unet_inputs(pipe, images=8)
+    (predicted,) = graphed(*inputs, return_dict=False)
+    held = reserved() - before
+    graphed.clear()
+    # the step of a batch of four needs half a GiB; kept are its inputs, and workspaces of the stream of captures
+    assert held > 2**28
+    assert reserved() - before < held / 2
+    (again,) = graphed(*inputs, return_dict=False)
+    torch.testing.assert_close(again, predicted, atol=1e-2, rtol=1e-2)
+
+
+@real_device
+@torch.inference_mode()
+def test_an_invalidated_capture_leaves_a_device_that_works(pipe: StableDiffusionPipeline):
+    def waiting(sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, **options: Any) -> Any:
+        # reading a value waits for the device, which a graph cannot hold
+        timestep.item()
+        return pipe.unet(sample, timestep, text, **options)
+
+    inputs, stream = unet_inputs(pipe), torch.cuda.current_stream()
+    with pytest.raises(CaptureInvalidated, match="captur"):
+        Capture()(lambda *each: waiting(*each, return_dict=False)[0], inputs)
+    assert torch.cuda.current_stream() == stream
+    (predicted,) = GraphedStep(waiting, Capture())(*inputs, return_dict=False)
+    torch.testing.assert_close(predicted, pipe.unet(*inputs).sample, atol=1e-2, rtol=1e-2)
