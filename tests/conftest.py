@@ -8,7 +8,7 @@ os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
 # small models gain nothing from more threads, and the machine has several processes of them to run
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-if not any("gpu" in argument for argument in sys.argv):
+if not any("gpu" in argument for argument in sys.argv[1:]):
     # without -m gpu the tests compute on the CPU, wherever they run
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
