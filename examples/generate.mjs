@@ -36,10 +36,12 @@ async function file({ image, image_url }) {
 
 try {
   const { ENDPOINT_ID, ENDPOINT_URL, RUNPOD_API_KEY } = process.env;
+  const { RUNPOD_ENDPOINT_BASE_URL = "https://api.runpod.ai/v2" } = process.env;
   if (!ENDPOINT_URL && !(ENDPOINT_ID && RUNPOD_API_KEY)) {
     throw new Error("set ENDPOINT_ID and RUNPOD_API_KEY, or ENDPOINT_URL");
   }
-  const [, baseUrl, id] = (ENDPOINT_URL || `https://api.runpod.ai/v2/${ENDPOINT_ID}`).match(/^(.*)\/([^/]*)\/?$/);
+  const { href } = new URL(ENDPOINT_URL || `${RUNPOD_ENDPOINT_BASE_URL}/${ENDPOINT_ID}`);
+  const [, baseUrl, id] = href.match(/^(.*)\/([^/]+)\/?$/);
   const [prompt, ...fields] = process.argv.slice(2);
   const input = { prompt };
   for (const [name, value] of fields.map((field) => field.split(/=(.*)/s))) {

@@ -59,6 +59,7 @@ def test_the_sdks_local_server_is_an_endpoint(local_server: str, platform: Platf
         (["width=65"], {}, "ended as FAILED: invalid input: width: must be a multiple of 8, got 65"),
         ([], {"RUNPOD_API_KEY": "wrong"}, "Request failed with status code 401"),
         ([], {"ENDPOINT_URL": "http://127.0.0.1:2/x"}, "fetch failed: connect ECONNREFUSED 127.0.0.1:2"),
+        ([], {"ENDPOINT_URL": "localhost"}, "Invalid URL"),
         ([], {"ENDPOINT_URL": ""}, "set ENDPOINT_ID and RUNPOD_API_KEY, or ENDPOINT_URL"),
     ],
 )
@@ -102,14 +103,15 @@ def test_its_run_sync_polls_until_the_job_ends(project: Path):
 
 
 def ai_sdk(platform: Platform, project: Path, **options: object) -> subprocess.CompletedProcess[str]:
-    """Generates by Vercel's AI SDK, with ``options`` for RunPod's provider, and prints the file."""
+    """Generates a picture with Vercel's AI SDK and ``options`` of RunPod's provider, and prints the file."""
     code = """
         import { createRunpod } from "@runpod/ai-sdk-provider";
+        import { generateImage } from "ai";
         const [, apiKey, baseURL, options] = process.argv;
         const model = createRunpod({ apiKey, baseURL }).image("stable-diffusion");
         const providerOptions = { runpod: JSON.parse(options) };
-        const { images } = await model.doGenerate({ prompt: "the sea", n: 1, providerOptions });
-        process.stdout.write(images[0]);
+        const { image } = await generateImage({ model, prompt: "the sea", maxRetries: 0, providerOptions });
+        process.stdout.write(image.uint8Array);
     """
     command = ["node", "--input-type=module", "-e", code, platform.key, f"{platform.url}/v2/local", json.dumps(options)]
     return run(command, project)

@@ -1,4 +1,4 @@
-"""The README's commands that call an endpoint, run as they stand there."""
+"""What the READMEs show of clients, run as it stands there on a stand-in of RunPod."""
 
 import re
 import sys
@@ -8,57 +8,63 @@ import pytest
 from PIL import Image
 
 from tests.support.client import Client
-from tests.support.examples import SHORT_PAUSES, environment, run
+from tests.support.examples import environment, run
 from tests.support.platform_stub import Platform
 from tests.support.processes import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "examples/README.md")]
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
-    return [block for block in blocks if "curl" in block or "examples/" in block]
+def blocks(language: str) -> list[str]:
+    """The pages' blocks of code in ``language`` that call an endpoint, each once."""
+    found = [block for page in PAGES for block in re.findall(rf"```{language}\n(.*?)```", page, re.S)]
+    return [block for block in dict.fromkeys(found) if re.search("curl|examples/|api.runpod.ai", block)]
 
 
-def readme_exports() -> list[list[str]]:
-    """The variables by which the commands find an endpoint: those of each ``export`` command."""
-    return [re.findall(r"(\w+)=", line) for line in re.findall(r"^export .*$", README, re.M)]
+def exports() -> list[tuple[str, ...]]:
+    """The variables by which commands find an endpoint: those of each ``export`` command."""
+    lines = [line for page in PAGES for line in re.findall(r"^export .*$", page, re.M)]
+    return list(dict.fromkeys(tuple(re.findall(r"(\w+)=", line)) for line in lines))
 
 
-@pytest.mark.parametrize(
-    ("command", "exported"),
-    [
-        (command, exported)
-        for command in readme_commands()
-        for exported in readme_exports()
-        if set(re.findall(r"\$(\w+)", command)) <= set(exported)
-    ],
-)
+COMMANDS = [
+    (command, exported)
+    for command in blocks("bash")
+    for exported in exports()
+    if set(re.findall(r"\$(\w+)", command)) <= set(exported)
+]
+
+
+@pytest.mark.parametrize(("command", "exported"), COMMANDS)
 def test_the_command_works(
-    platform: Platform, client: Client, local_server: str, tmp_path: Path, command: str, exported: list[str]
+    platform: Platform,
+    client: Client,
+    local_server: str,
+    node_modules: Path,
+    tmp_path: Path,
+    command: str,
+    exported: tuple[str, ...],
 ):
-    for replaced, by in (
+    (tmp_path / "node_modules").symlink_to(node_modules)
+    for shown, here in (
         ("https://api.runpod.ai/v2", f"{platform.url}/v2"),
         ("http://localhost:8000/v2/local", f"{platform.url}/v2/local"),
         ("RUNPOD_API_KEY=local", f"RUNPOD_API_KEY={platform.key}"),
         ("localhost:8000", local_server.removeprefix("http://")),
         (".venv/bin/python", sys.executable),
         ("examples/", f"{ROOT}/examples/"),
+        # which finds packages beside itself
+        (f"node {ROOT}/examples/generate.mjs", f"cp {ROOT}/examples/generate.mjs . && node generate.mjs"),
     ):
-        command = command.replace(replaced, by)
+        command = command.replace(shown, here)
     if "<id>" in command:
         # whoever follows it pastes the id that the first answer gave
         command = command.replace("<id>", client.run())
-    values = {name: environment(platform, ENDPOINT_URL=local_server, ENDPOINT_ID="local")[name] for name in exported}
+    settings = environment(platform, ENDPOINT_URL=local_server, ENDPOINT_ID="local")
+    set_by_user = {name: settings[name] for name in (*exported, "PATH")}
     # in place of api.runpod.ai
-    base = f"{platform.url}/v2"
-    ran = run(
-        ["bash", "-euo", "pipefail", "-c", command],
-        tmp_path,
-        RUNPOD_ENDPOINT_BASE_URL=base,
-        PATH=SHORT_PAUSES,
-        **values,
-    )
+    set_by_user["RUNPOD_ENDPOINT_BASE_URL"] = f"{platform.url}/v2"
+    ran = run(["bash", "-euo", "pipefail", "-c", command], tmp_path, **set_by_user)
     assert ran.returncode == 0, ran.stderr
     pictures = list(tmp_path.glob("*.png"))
     states = re.findall(r'"status": ?"(\w+)"', ran.stdout)
@@ -66,3 +72,13 @@ def test_the_command_works(
     assert set(states) <= {"IN_QUEUE", "IN_PROGRESS", "COMPLETED"}
     for path in pictures:
         assert Image.open(path).size == (128, 128)
+
+
+def test_the_python_code_works(platform: Platform, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (code,) = blocks("python")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ENDPOINT_ID", "local")
+    monkeypatch.setenv("RUNPOD_API_KEY", platform.key)
+    exec(code.replace("https://api.runpod.ai/v2", f"{platform.url}/v2"), {})
+    (path,) = tmp_path.glob("*.png")
+    assert Image.open(path).size == (128, 128)
