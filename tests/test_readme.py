@@ -68,6 +68,13 @@ def test_the_policy_table():
             assert bounds == f"{schema[name]['minimum']} to {schema[name]['maximum']}"
 
 
+def test_readme_quotes_how_the_gate_installs_lints_checks_types_and_tests():
+    gate = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    commands = re.findall(r"^(?:python3|\.venv/bin/(?:pip install -r|ruff|mypy|python)).*$", gate, re.M)
+    assert len(commands) == 6
+    assert set(commands) <= set(re.split(r" && |[`\n]", README))
+
+
 def test_every_command_runs_in_the_environment_that_the_first_one_made():
     for path in (ROOT / "README.md", DEMO_MODEL / "README.md"):
         assert not re.findall(r"(?:`|^)python3? (?:-m (?!venv)|handler).*", path.read_text(encoding="utf-8"), re.M)
