@@ -1,7 +1,8 @@
-"""Batches through the real pipeline, of one request and of several that waited together."""
+"""Batches of one or several requests through the real pipeline."""
 
 import asyncio
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,6 @@ from PIL import Image, ImageChops
 from builder.demo_model.evaluate import shape_colors
 from src.api.request import MAX_STEPS
 from src.errors import JobError
-from src.generation.batch_runner import BatchRunner
 from src.generation.engine import Engine
 from src.generation.pending import GenerationResult
 from src.schedulers import SCHEDULERS
@@ -31,7 +31,7 @@ def furthest(a: Image.Image, b: Image.Image) -> int:
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
-    """The prompts of each call of the pipeline."""
+    """Records the prompts of each call of the pipeline."""
     seen: list[list[str]] = []
     real = StableDiffusionPipeline.__call__
 
@@ -110,7 +110,7 @@ def test_eight_prompts_in_one_batch_each_get_their_own_picture(
 
 
 SMALL = {"width": 64, "height": 64, "guidance_scale": 0}
-"""What takes least time: without guidance, a step takes half as long."""
+"""The fastest options: a step without guidance takes half as long."""
 
 
 @pytest.mark.parametrize("model", ["v1_4_pipe", "demo_pipe"])
@@ -130,7 +130,7 @@ def test_scheduler_works_with_few_steps(model: str, scheduler: str, steps: int, 
 def test_scheduler_works_with_the_maximum_of_steps(model: str, scheduler: str, request: pytest.FixtureRequest):
     engine = engines.around(request.getfixturevalue(model))
     options = SMALL | {"scheduler": scheduler, "num_inference_steps": MAX_STEPS}
-    # in one batch, since the steps take long
+    # in one batch, to save time
     jobs = (request_for(engine, num_images=images, **options) for images in (1, 2))
     (one,), (first, second) = (
         [picture.image for picture in result.pictures] for result in generate_together(engine, *jobs)
@@ -161,7 +161,7 @@ def test_scheduler_options_are_those_diffusers_recommends(
     model: str, name: str, expected: dict[str, Any], request: pytest.FixtureRequest
 ):
     pipe: StableDiffusionPipeline = request.getfixturevalue(model)
-    scheduler = BatchRunner(pipe, "test")._new_scheduler(name)
+    scheduler = engines.new_scheduler(pipe, name)
     assert type(scheduler).__name__ == SCHEDULERS[name].class_name
     trained = {
         "num_train_timesteps": 1000,
@@ -179,7 +179,7 @@ def test_schedulers_keep_the_models_timestep_spacing(
     trailing = diffusers.DDIMScheduler.from_config(v1_4_pipe.scheduler.config, timestep_spacing="trailing")
     monkeypatch.setattr(v1_4_pipe, "scheduler", trailing)
     for name in set(SCHEDULERS) - {"DPMSolverSinglestep"}:
-        assert BatchRunner(v1_4_pipe, "test")._new_scheduler(name).config.timestep_spacing == "trailing"
+        assert engines.new_scheduler(v1_4_pipe, name).config.timestep_spacing == "trailing"
 
 
 def test_scheduler_leaves_no_state_for_later_requests(v1_4_engine: Engine):
@@ -199,7 +199,7 @@ def test_warning_quotes_the_text_beyond_77_tokens(demo_pipe: StableDiffusionPipe
     fitting = " ".join(["sea"] * 80)
     while len(tokenizer(fitting).input_ids) > 77:
         fitting = fitting[:-4]
-    # a letter more for each token that is left, until not one more fits
+    # one token each, until the prompt has exactly as many as fit
     fitting += " 7" * (77 - len(tokenizer(fitting).input_ids))
     assert len(tokenizer(fitting).input_ids) == 77
     assert generate(demo_engine, prompt=fitting).warnings == []
@@ -213,7 +213,7 @@ def test_warning_quotes_the_text_beyond_77_tokens(demo_pipe: StableDiffusionPipe
 def test_blanked_picture_is_black_and_reported(v1_4_repository):
     engine = engines.build(v1_4_repository)
     checker = engines.pipe_of(engine).safety_checker
-    # cosines start at -1: every picture is over this threshold
+    # a cosine is at least -1, so every picture exceeds this threshold
     checker.concept_embeds_weights.data.fill_(-2.0)
     result = generate(engine, num_images=2)
     assert [picture.nsfw for picture in result.pictures] == [True, True]
@@ -248,29 +248,42 @@ def test_nan_fails_only_the_request_of_its_image(
         v1_4_engine.warm_up()
 
 
+class Steps(list[int]):
+    """The number of images in each denoising step so far."""
+
+    def __init__(self) -> None:
+        self.taken = threading.Condition()
+
+    def append(self, images: int) -> None:
+        with self.taken:
+            super().append(images)
+            self.taken.notify_all()
+
+    def wait_for(self, count: int) -> None:
+        with self.taken:
+            assert self.taken.wait_for(lambda: len(self) >= count, 60)
+
+
 @pytest.fixture
-def steps(v1_4_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry, the number of images, for each denoising step that the device takes."""
-    taken: list[int] = []
+def steps(v1_4_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> Steps:
+    steps = Steps()
     forward = v1_4_pipe.unet.forward
 
     def counted(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         assert torch.is_inference_mode_enabled()
-        taken.append(len(latents) // 2)
+        steps.append(len(latents) // 2)
         return forward(latents, *args, **kwargs)
 
     monkeypatch.setattr(v1_4_pipe.unet, "forward", counted)
-    return taken
+    return steps
 
 
-async def cancel_after(steps: list[int], count: int, job: asyncio.Task) -> None:
-    while len(steps) < count:
-        assert not job.done(), job.exception()
-        await asyncio.sleep(0.001)
+async def cancel_after(steps: Steps, count: int, job: asyncio.Task) -> None:
+    await asyncio.to_thread(steps.wait_for, count)
     job.cancel()
 
 
-def test_cancelled_request_frees_the_device_within_two_steps(v1_4_engine: Engine, steps: list[int]):
+def test_cancelled_request_frees_the_device_within_two_steps(v1_4_engine: Engine, steps: Steps):
     async def cancel() -> int:
         job = asyncio.create_task(v1_4_engine.generate(request_for(v1_4_engine, num_inference_steps=150)))
         await cancel_after(steps, 5, job)
@@ -283,7 +296,7 @@ def test_cancelled_request_frees_the_device_within_two_steps(v1_4_engine: Engine
     assert len(steps) <= at + 2
 
 
-def test_cancelled_request_does_not_affect_others_in_its_batch(v1_4_engine: Engine, steps: list[int]):
+def test_cancelled_request_does_not_affect_others_in_its_batch(v1_4_engine: Engine, steps: Steps):
     alone = generate(v1_4_engine, prompt="b", num_inference_steps=40).pictures[0]
     steps.clear()
 
@@ -299,7 +312,7 @@ def test_cancelled_request_does_not_affect_others_in_its_batch(v1_4_engine: Engi
         return await stays
 
     assert furthest(asyncio.run(cancel_one()).pictures[0].image, alone.image) <= 2
-    # PNDM takes one step more than it is asked for
+    # PNDM takes one step more than requested
     assert steps == [4] * 3 + [2] * 41
 
 
@@ -341,14 +354,14 @@ def test_tensors_of_a_failed_call_are_freed_before_the_next_try(
         assert len(generate(v1_4_engine, num_images=2, num_inference_steps=5, scheduler="KLMS").pictures) == 2
     finally:
         gc.enable()
-    # the first call, and its halves
+    # counted before the first call and before each of its halves
     assert alive == [0, 0, 0]
     assert tries > 2
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_scheduler_calls_the_unet_once_per_step(name: str):
-    """Costs, and the progress that /status shows, count on it."""
+    """Costs and the progress in /status depend on it."""
     scheduler = getattr(diffusers, SCHEDULERS[name].class_name).from_config(
         diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1).config
     )

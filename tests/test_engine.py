@@ -1,4 +1,4 @@
-"""The queue, its batches, cancelling and failures, around a runner that stands in for the pipeline."""
+"""The engine's queue, batches, cancellation and error handling, with a stand-in for the pipeline's runner."""
 
 import asyncio
 import threading
@@ -14,7 +14,7 @@ from src.api.request import ImageRequest, ModelLimits
 from src.errors import JobError
 from src.generation.engine import Engine
 from src.generation.pending import GenerationResult, Progress
-from tests.support.engines import generate_together, until_idle
+from tests.support.engines import generate_together, occupy, until_idle
 
 LIMITS = ModelLimits(native_size=64, max_size=128, scheduler="PNDM")
 IMAGE = Image.new("RGB", (64, 64))
@@ -26,7 +26,7 @@ def request(**job_input: Any) -> ImageRequest:
 
 
 class StandIn:
-    """A runner whose images are grey; ``first`` is called with each batch's requests before, and may fail."""
+    """A runner that returns blank images. It first calls ``first`` with the batch's requests, which may raise."""
 
     model_name = "stand-in"
     limits = LIMITS
@@ -36,14 +36,14 @@ class StandIn:
         self.batches: list[list[str]] = []
         """The prompts of each batch."""
         self.steps: list[int] = []
-        """For each step, the images in it."""
+        """The number of images in each step."""
         self.released = 0
         self.threads: set[threading.Thread] = set()
 
     def run(
         self, requests: Sequence[ImageRequest], seeds: Sequence[int], after_step: Callable[[float], None]
     ) -> list[Picture | JobError]:
-        # first, since the engine takes what is raised here for a batch that failed, and runs it request by request
+        # recorded before the assertions: the engine takes an AssertionError for a failed batch and splits the batch
         self.batches.append([each.prompt for each in requests])
         assert len({each.batch_key for each in requests}) == 1
         self.threads.add(threading.current_thread())
@@ -98,25 +98,29 @@ def test_batch_size_counts_images():
 
 
 def test_one_batch_runs_at_a_time_and_the_event_loop_stays_free():
-    running, most, ticks = 0, 0, 0
+    running, most = 0, 0
+    started, go_on = threading.Semaphore(0), threading.Semaphore(0)
 
     def first(_: object) -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)
-        time.sleep(0.05)
+        started.release()
+        assert go_on.acquire(timeout=10)
         running -= 1
 
     async def both() -> None:
-        nonlocal ticks
         engine = Engine(StandIn(first), 1)
         answers = [asyncio.create_task(engine.generate(request(num_inference_steps=1))) for _ in "ab"]
-        while not all(answer.done() for answer in answers):
-            await asyncio.sleep(0.005)
-            ticks += 1
+        for _ in answers:
+            # the batch runs until the event loop, which must be free, releases it
+            assert await asyncio.to_thread(started.acquire, timeout=10)
+            assert running == 1
+            go_on.release()
+        await asyncio.gather(*answers)
 
     asyncio.run(both())
-    assert most == 1 and ticks >= 5
+    assert most == 1
 
 
 def test_result_has_the_warnings_of_its_own_request():
@@ -129,7 +133,7 @@ def test_request_cancelled_while_waiting_never_reaches_the_device():
 
     async def cancel_one() -> list[Any]:
         engine = Engine(runner, 4)
-        engine._thread.submit(device_is_free.wait)
+        occupy(engine, device_is_free)
         answers = [asyncio.create_task(engine.generate(request(prompt=name))) for name in "abc"]
         await asyncio.sleep(0)
         answers[1].cancel()
@@ -164,7 +168,7 @@ def test_batch_ends_at_the_next_step_once_all_its_requests_are_cancelled(others:
         await until_idle(engine)
         return results
 
-    # the first request is alone in its batch: the other came while the device was busy
+    # the first request is alone in its batch, since the other arrived while the device was busy
     results = asyncio.run(cancel_one())
     assert isinstance(results[0], asyncio.CancelledError)
     assert runner.steps == [1] + [1] * 9 * others
@@ -184,7 +188,7 @@ def test_progress_grows_from_zero_to_one_across_batches():
     engine = Engine(Watched(), 2)
     asyncio.run(engine.generate(request(num_images=3, num_inference_steps=10), progress))
     seen.append(progress.share)
-    # two images in the first batch, the third in the second
+    # the first batch has two images, the second one
     assert seen == pytest.approx([i / 10 * 2 / 3 for i in range(10)] + [2 / 3 + i / 10 / 3 for i in range(11)])
 
 
@@ -209,7 +213,7 @@ def test_batch_size_that_did_not_fit_is_remembered_per_picture_size():
         results = generate_together(engine, *(request(num_images=4, width=width) for _ in "ab"))
         assert all(len(result.pictures) == 4 for result in results)
         sizes.append([len(batch) for batch in runner.batches])
-    # eight, and then four, do not fit: from then on three are most, but for another size
+    # eight and then four did not fit, so later batches of that size have at most three images
     assert sizes == [[8, 4, 2, 2, 2, 2], [3, 3, 2], [3, 3, 2], [8, 4, 2, 2, 2, 2]]
 
 
@@ -283,7 +287,7 @@ def test_launch_error_that_the_device_survives_fails_only_its_request():
 
 
 class Slow(StandIn):
-    """Each step takes a tenth of a second."""
+    """A runner whose steps take 0.1 s each."""
 
     def run(self, requests: Any, seeds: Any, after_step: Callable[[float], None]) -> list[Picture | JobError]:
         def slow_step(share: float) -> None:
@@ -315,7 +319,7 @@ def test_hanging_device_is_lost_for_current_and_later_requests():
         asyncio.run(fail_all(engine))
     finally:
         goes_on.set()
-    # a call that returns after all changes nothing any more
+    # the call returns after all, but the device stays lost
     with pytest.raises(JobError, match=LOST):
         engine.warm_up()
 
@@ -325,5 +329,6 @@ def test_slow_or_idle_device_is_not_lost():
     engine.warm_up()
     (result,) = generate_together(engine, request(num_inference_steps=6))
     assert seeds(result) == [3]
+    # idle for longer than the time-out
     time.sleep(0.4)
     engine.warm_up()

@@ -1,4 +1,4 @@
-"""Engines around real pipelines, and what tests look up inside them."""
+"""Engines around real pipelines, and access to their private attributes, which tests reach only here."""
 
 import asyncio
 import threading
@@ -15,21 +15,35 @@ from src.settings import Settings
 
 
 def build(model_id: object = None, **settings: Any) -> Engine:
-    """An engine as a worker with these settings has it."""
+    """Builds the engine of a worker with these settings."""
     return handler.build_engine(Settings(model_id=model_id and str(model_id), **settings))
 
 
 def around(pipe: StableDiffusionPipeline, name: str = "test", max_batch_images: int = 4) -> Engine:
-    """An engine around a pipeline that tests share."""
+    """Builds an engine around a pipeline that tests share."""
     return Engine(BatchRunner(pipe, name), max_batch_images)
 
 
+def runner_of(engine: Engine) -> BatchRunner:
+    return engine._runner
+
+
 def pipe_of(engine: Engine) -> StableDiffusionPipeline:
-    return engine._runner._pipe
+    return runner_of(engine)._pipe
+
+
+def new_scheduler(pipe: StableDiffusionPipeline, name: str) -> Any:
+    """Makes the scheduler for a request that names it."""
+    return BatchRunner(pipe, "test")._new_scheduler(name)
+
+
+def occupy(engine: Engine, released: threading.Event) -> None:
+    """Keeps the device busy until ``released`` is set, so that requests wait and share a batch."""
+    engine._thread.submit(released.wait)
 
 
 def shut_down(engine: Engine) -> None:
-    """Ends the engine's threads, which hold its pipeline until then."""
+    """Ends the engine's threads, which keep its pipeline in memory."""
     engine._thread.shutdown()
     for thread in threading.enumerate():
         if thread.name == "stall watch":
@@ -45,16 +59,16 @@ def generate(engine: Engine, **job_input: Any) -> GenerationResult:
 
 
 async def until_idle(engine: Engine) -> None:
-    """Waits until the engine's thread has done all that was asked of it."""
+    """Waits until the engine's thread has finished all its work."""
     await asyncio.wrap_future(engine._thread.submit(lambda: None))
 
 
 def generate_together(engine: Engine, *requests: ImageRequest) -> list[Any]:
-    """What becomes of requests that all wait while the device is busy: each a result or an exception."""
+    """Submits requests while the device is busy, then returns a result or an exception for each."""
     device_is_free = threading.Event()
 
     async def wait() -> list[GenerationResult | BaseException]:
-        engine._thread.submit(device_is_free.wait)
+        occupy(engine, device_is_free)
         answers = [asyncio.create_task(engine.generate(each)) for each in requests]
         await asyncio.sleep(0)
         device_is_free.set()
