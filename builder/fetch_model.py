@@ -1,6 +1,6 @@
 """Bakes a model into the image: ``python -m builder.fetch_model --model ID --revision HASH --output DIRECTORY``.
 
-Downloads only the files that the worker reads and saves them again as float16 safetensors, half their size.
+Downloads only the files that the worker reads, and saves the model in float16 safetensors, with its licence and card.
 """
 
 import argparse
@@ -36,17 +36,20 @@ def fetch(model_id: str, revision: str | None, output: Path) -> None:
     print(f"{found}: {found.where}, {found.path}", flush=True)
     # imported only now: a model that cannot be downloaded is reported at once
     import torch
-    from diffusers import StableDiffusionPipeline
 
+    from src.model import loading
+
+    pipe = loading.load(found, "cpu", settings, torch.float16)
     unfinished = output.with_name(output.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(found.path, dtype=torch.float16, use_safetensors=True)
         save(pipe, unfinished)
         index = unfinished / "model_index.json"
         # the directory remembers what it was made from, for the worker's clients and its log
-        origin = {"_name_or_path": found.name, "_commit_hash": found.revision}
+        origin = {repository.ORIGIN: {"model": found.name, "commit": found.revision}}
         index.write_text(json.dumps(json.loads(index.read_text()) | origin, indent=2) + "\n")
+        for file in (*found.path.glob("LICENSE*"), *found.path.glob("README.md")):
+            shutil.copyfile(file, unfinished / file.name)
         shutil.rmtree(output, ignore_errors=True)
         unfinished.rename(output)
     except Exception as error:
@@ -66,7 +69,7 @@ def main() -> None:
     try:
         fetch(arguments.model, arguments.revision or None, arguments.output)
     except StartError as error:
-        sys.exit(f"cannot fetch {arguments.model}: {error}")
+        sys.exit(f"cannot fetch the model: {error}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from src.model import repository
+from src.model.checks import WEIGHTS
 from src.settings import Settings
 from tests.support import engines, hub
+from tests.support.layouts import halve, weight_file
 
 pytestmark = pytest.mark.process
 
@@ -50,6 +52,32 @@ def test_a_model_is_baked_in_float16_and_remembers_its_origin(v1_4_repository: P
     assert engines.pipe_of(engines.build(output)).safety_checker is not None
 
 
+def test_float16_files_are_baked_as_they_are_with_licence_and_card(v1_4_repository: Path, tmp_path: Path):
+    folder, output = Path(shutil.copytree(v1_4_repository, tmp_path / "repository")), tmp_path / "model"
+    halve(folder)
+    for name in ("LICENSE.md", "README.md"):
+        (folder / name).write_text(f"the model's {name}")
+    with hub.serve(REPO, folder) as (address, fetched):
+        ran = fetch(output, address, tmp_path / "home")
+    assert ran.returncode == 0, ran.stderr
+    assert all(".fp16." in name for name in fetched if name.endswith(".safetensors"))
+    assert {name: (output / name).read_text() for name in ("LICENSE.md", "README.md")} == {
+        "LICENSE.md": "the model's LICENSE.md",
+        "README.md": "the model's README.md",
+    }
+    assert all(path.stat().st_mode & 0o004 for path in output.rglob("*"))
+    for component in WEIGHTS:
+        half, baked = (
+            load_file(file)
+            for file in (
+                weight_file(folder, component).with_suffix(".fp16.safetensors"),
+                weight_file(output, component),
+            )
+        )
+        assert half.keys() == baked.keys()
+        assert all(torch.equal(half[name], baked[name]) for name in half)
+
+
 def test_a_gated_model_is_fetched_with_a_token_that_is_kept_nowhere(v1_4_repository: Path, tmp_path: Path):
     (tmp_path / "token").write_text("hf_right\n")
     with hub.serve(REPO, v1_4_repository, token="hf_right") as (address, _):
@@ -74,19 +102,24 @@ def with_a_damaged_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "token", "revision", "said"),
     [
-        (None, None, "nope", f"{REPO} at revision nope: the hub has no such revision"),
+        (None, None, "nope", f"MODEL_ID={REPO}, MODEL_REVISION=nope: the hub has no such revision"),
         (
             None,
             "hf_right",
             hub.REVISION,
-            f"{REPO} at revision {hub.REVISION} is gated: accept its licence on the hub and",
+            f"MODEL_ID={REPO}, MODEL_REVISION={hub.REVISION}: gated: accept its licence on the hub and",
         ),
-        (without_safetensors, None, hub.REVISION, r"cannot use .*: it is missing \(pickled weights"),
+        (
+            without_safetensors,
+            None,
+            hub.REVISION,
+            ".*: unet/diffusion_pytorch_model.safetensors is missing .*; pickled weights",
+        ),
         (
             with_a_damaged_file,
             None,
             hub.REVISION,
-            "cannot save it in float16: ",
+            ".*: cannot read vae/config.json: ",
         ),
     ],
 )
@@ -100,7 +133,7 @@ def test_a_failed_fetch_says_why_and_leaves_nothing(
     with hub.serve(REPO, folder, token=token) as (address, _):
         ran = fetch(output / "model", address, tmp_path / "home", revision=revision, HF_TOKEN="hf_wrong")
     assert ran.returncode == 1
-    assert re.match(f"cannot fetch {REPO}: {said}", ran.stderr.splitlines()[-1])
+    assert re.match(f"cannot fetch the model: {said}", ran.stderr.splitlines()[-1])
     assert list(output.iterdir()) == []
 
 
@@ -120,4 +153,4 @@ def test_a_full_disk_is_reported_and_leaves_no_partial_model(v1_4_repository: Pa
             around=f"exec unshare --map-root-user --mount sh -c '{around}' sh \"$@\"",
         )
     assert ran.stdout.splitlines()[-1] == "1"
-    assert re.match(f"cannot fetch {REPO}: cannot save it in float16: .*No space left", ran.stderr.splitlines()[-1])
+    assert re.match("cannot fetch the model: cannot save it in float16: .*No space left", ran.stderr.splitlines()[-1])

@@ -18,10 +18,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:Depre
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 NO_BETAS = {"EDMEulerScheduler"}
 NOT_INSTALLED = {"DPMSolverSDEScheduler"}
-OWN = sorted({each.name for each in KarrasDiffusionSchedulers} - NO_BETAS - NOT_INSTALLED) + [
-    "LCMScheduler",
-    "TCDScheduler",
-]
+OWN = sorted(
+    {each.name for each in KarrasDiffusionSchedulers} - NO_BETAS - NOT_INSTALLED | {"LCMScheduler", "TCDScheduler"}
+)
 """Every scheduler that diffusers offers a StableDiffusionPipeline."""
 
 

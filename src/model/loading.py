@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 
 from src.errors import StartError, one_line
 from src.model import cuda_driver
-from src.model.repository import Repository
+from src.model.checks import check_tokenizer, read_json
+from src.model.repository import Repository, naming
 from src.settings import DEMO_MODEL_ID, Settings, on_pod, on_runpod
 
 
@@ -41,28 +43,49 @@ def load(
     Args:
         repository: where they are.
         device: ``cuda`` or ``cpu``.
-        settings: whether to load the safety checker.
+        settings: what to call the model in an error.
         dtype: of the weights. By default float16 on a CUDA device, float32 on the CPU.
 
     Raises:
         StartError: if the files are damaged, or no model that this worker runs.
     """
-    without: dict[str, Any] = {}
-    if not settings.safety_checker:
-        without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    try:
-        pipe = StableDiffusionPipeline.from_pretrained(
-            repository.path,
-            dtype=dtype or (torch.float16 if device == "cuda" else torch.float32),
-            device_map=device,
-            use_safetensors=True,
-            local_files_only=True,
-            **without,
-        )
-    except Exception as error:
-        raise StartError(f"cannot load model {repository.name}: {one_line(error)}", may_recover=True) from error
+    with naming(settings):
+        try:
+            pipe = _load(repository, device, dtype or (torch.float16 if device == "cuda" else torch.float32))
+            check_tokenizer(pipe.tokenizer, pipe.text_encoder.config)
+        except StartError:
+            raise
+        except Exception as error:
+            raise StartError(f"cannot be loaded: {one_line(error)}", may_recover=True) from error
+        if "beta_start" not in pipe.scheduler.config:
+            raise StartError(f"{type(pipe.scheduler).__name__} is no scheduler for Stable Diffusion: it has no betas")
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _load(repository: Repository, device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+    index = read_json(repository.path, "model_index.json")
+    components: dict[str, Any] = {"image_encoder": None}
+    for component, file in repository.weights.items():
+        try:
+            components[component], info = simple_get_class_obj(*index[component]).from_pretrained(
+                repository.path / component,
+                variant="fp16" if ".fp16." in file else None,
+                dtype=dtype,
+                device_map=device,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except NotImplementedError as error:
+            # diffusers cannot move to the device what a file lacks
+            raise StartError(f"{file} lacks tensors of {index[component][1]}") from error
+        # transformers fills in random numbers
+        if missing := sorted(info["missing_keys"]):
+            raise StartError(f"{file} lacks tensors of {index[component][1]}: {', '.join(missing[:3])}")
+    if "safety_checker" not in components:
+        components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline.from_pretrained(repository.path, local_files_only=True, **components)
 
 
 def describe(pipe: StableDiffusionPipeline) -> str:

@@ -1,11 +1,11 @@
-"""Where a model's files are found, and whether they are what the worker runs."""
+"""Where a model's files are found."""
 
-import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from httpx2 import TransportError
 from huggingface_hub import HfApi, constants, snapshot_download
@@ -19,30 +19,26 @@ from huggingface_hub.errors import (
 )
 
 from src.errors import StartError, one_line
-from src.model import cuda_driver
+from src.model import checks, cuda_driver
 from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION, DEMO_MODEL_ID, Settings, on_runpod
 
 DEMO_MODEL = Path(__file__).parent / "demo"
 RUNPOD_CACHE = Path("/runpod-volume/huggingface-cache/hub")
 """Where RunPod's cached models lie on a worker, in the layout of the Hugging Face cache."""
 
-PIPELINE = "StableDiffusionPipeline"
-NEEDED_FILES = [
+SMALL_FILES = [
     "model_index.json",
-    "*/*.json",
-    "*/*.txt",
-    "*/model.safetensors",
-    "*/diffusion_pytorch_model.safetensors",
+    *(f"{component}/*.json" for component in (*checks.REQUIRED, *checks.OPTIONAL)),
+    # the tokenizer's merges
+    "tokenizer/*.txt",
+    # a copy of a model must keep its licence
+    "LICENSE*",
+    "README.md",
 ]
-"""What a download takes of a repository: no pickled twin, no single-file checkpoint, no other precision."""
+"""What a download takes of a repository beside the weights."""
 
-WEIGHT_FILES = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "safety_checker": "model.safetensors",
-    "text_encoder": "model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-}
-"""By component, the largest of v1-4's first."""
+ORIGIN = "_baked_from"
+"""Key in a baked model's model_index.json: the hub id and the commit. ``_name_or_path`` is inherited by fine-tunes."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +52,16 @@ class Repository:
     """The name that clients see, never a path."""
     revision: str | None
     """The commit, where it is known."""
+    weights: Mapping[str, str]
+    """The weight file to load of each component."""
 
     def __str__(self) -> str:
         return self.name + (f" at {self.revision[:12]}" if self.revision else "")
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """In the order in which they are loaded."""
+        return [self.path / file for file in self.weights.values()]
 
 
 def choose_model(settings: Settings) -> str:
@@ -77,9 +80,9 @@ def find(settings: Settings) -> Repository:
     if found := find_local(settings):
         return found
     model_id = choose_model(settings)
-    path = _download(_snapshot_arguments(model_id, settings), settings)
-    check(path, settings)
-    return Repository(path, "downloaded", model_id, path.name)
+    with naming(settings):
+        path, weights = _download(model_id, settings)
+    return Repository(path, "downloaded", model_id, path.name, weights)
 
 
 def find_local(settings: Settings) -> Repository | None:
@@ -94,39 +97,72 @@ def find_local(settings: Settings) -> Repository | None:
     """
     model_id = choose_model(settings)
     if model_id == DEMO_MODEL_ID:
-        return Repository(DEMO_MODEL, "embedded", DEMO_MODEL_ID, None)
+        return Repository(DEMO_MODEL, "embedded", DEMO_MODEL_ID, None, _check(DEMO_MODEL, settings))
     local = Path(model_id).expanduser()
-    if local.is_dir():
-        index = check(local, settings)
-        # a baked directory knows the hub id that it was made from
-        origin = str(index.get("_name_or_path") or "/")
-        name = local.resolve().name if origin.startswith(("/", ".", "~")) else origin
-        commit = index.get("_commit_hash")
-        return Repository(local, f"directory {local}", name, str(commit) if commit else None)
-    if model_id.startswith(("/", ".", "~")):
-        raise StartError(f"MODEL_ID={model_id}: no such directory")
-    wanted = _snapshot_arguments(model_id, settings)
+    with naming(settings):
+        if local.is_dir():
+            weights = _check(local, settings)
+            baked_from = checks.read_json(local, "model_index.json").get(ORIGIN) or {}
+            name = baked_from.get("model", local.resolve().name)
+            return Repository(local, f"directory {local}", name, baked_from.get("commit"), weights)
+        if local.is_file():
+            raise StartError(checks.SINGLE_FILE)
+        if model_id.startswith(("/", ".", "~")):
+            raise StartError("no such directory")
+        return _find_cached(model_id, settings)
+
+
+def _find_cached(model_id: str, settings: Settings) -> Repository | None:
+    revision = _revision(model_id, settings)
     cached = _names_in_runpod_cache(model_id)
     places = [(name, RUNPOD_CACHE, "RunPod's cached models") for name in cached]
     unusable: StartError | None = None
     for name, cache, where in (*places, (model_id, None, "Hugging Face cache")):
         try:
-            path = Path(snapshot_download(**wanted | {"repo_id": name}, cache_dir=cache, local_files_only=True))
-            check(path, settings)
-            return Repository(path, where, model_id, path.name)
+            # whether the rest is there is found out by the check: it need not be all that the hub has
+            path = Path(
+                snapshot_download(
+                    name, revision=revision, cache_dir=cache, allow_patterns="model_index.json", local_files_only=True
+                )
+            )
+            return Repository(path, where, model_id, path.name, _check(path, settings))
         except HFValidationError:
-            hint = f"neither a directory nor a hub id such as {DEFAULT_MODEL_ID}"
-            raise StartError(f"MODEL_ID={model_id}: {hint}") from None
+            raise StartError(f"neither a directory nor a hub id such as {DEFAULT_MODEL_ID}") from None
         except LocalEntryNotFoundError:
             continue
         except StartError as error:
             unusable = error
-    if settings.model_revision is None and (newest := _newest_snapshot(cached, settings)):
-        pinned = f" (not the pinned commit, {wanted['revision'][:12]})" if wanted["revision"] else ""
-        return Repository(newest, f"RunPod's cached models{pinned}", model_id, newest.name)
+    if settings.model_revision is None:
+        for path in _newest_first(cached):
+            with suppress(StartError):
+                pinned = f" (not the pinned commit, {revision[:12]})" if revision else ""
+                where = f"RunPod's cached models{pinned}"
+                return Repository(path, where, model_id, path.name, _check(path, settings))
     if unusable and constants.HF_HUB_OFFLINE:
         raise unusable
     return None
+
+
+@contextmanager
+def naming(settings: Settings) -> Iterator[None]:
+    """Puts the model that the operator chose before what is wrong with it."""
+    try:
+        yield
+    except StartError as error:
+        revision = f", MODEL_REVISION={settings.model_revision}" if settings.model_revision else ""
+        line = f"MODEL_ID={choose_model(settings)}{revision}: {error}"
+        raise StartError(line, may_recover=error.may_recover) from error
+
+
+def _check(path: Path, settings: Settings) -> Mapping[str, str]:
+    """``checks.check`` of a directory, whose weights this user must be allowed to read."""
+    # a link into a cache may lead nowhere
+    files = {file.relative_to(path).as_posix() for file in (*path.glob("*"), *path.glob("*/*")) if file.is_file()}
+    weights = checks.check(path, files, safety_checker=settings.safety_checker)
+    for file in weights.values():
+        if not os.access(path / file, os.R_OK):
+            raise StartError(f"{file} may not be read by this user")
+    return weights
 
 
 def _names_in_runpod_cache(model_id: str) -> list[str]:
@@ -135,79 +171,55 @@ def _names_in_runpod_cache(model_id: str) -> list[str]:
     return [name for name in names if name.lower() == model_id.lower()]
 
 
-def _newest_snapshot(names: list[str], settings: Settings) -> Path | None:
-    """The newest usable commit in RunPod's cache: it holds what was the main branch when the endpoint was made."""
+def _newest_first(names: list[str]) -> list[Path]:
+    """All commits in RunPod's cache: the newest was the main branch's when the endpoint was made."""
     folders = [RUNPOD_CACHE / f"models--{name.replace('/', '--')}" / "snapshots" for name in names]
     snapshots = [path for folder in folders for path in folder.glob("*")]
-    for path in sorted(snapshots, key=lambda path: path.stat().st_mtime, reverse=True):
-        with suppress(StartError):
-            check(path, settings)
-            return path
-    return None
+    return sorted(snapshots, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def _snapshot_arguments(model_id: str, settings: Settings) -> dict[str, Any]:
-    pinned = DEFAULT_MODEL_REVISION if model_id == DEFAULT_MODEL_ID else None
-    return {
-        "repo_id": model_id,
-        "revision": settings.model_revision or pinned,
-        "allow_patterns": NEEDED_FILES,
-        "ignore_patterns": None if settings.safety_checker else ["safety_checker/*", "feature_extractor/*"],
-    }
+def _revision(model_id: str, settings: Settings) -> str | None:
+    return settings.model_revision or (DEFAULT_MODEL_REVISION if model_id == DEFAULT_MODEL_ID else None)
 
 
-def _download(wanted: dict[str, Any], settings: Settings) -> Path:
-    name = wanted["repo_id"] + (f" at revision {wanted['revision']}" if wanted["revision"] else "")
+def _download(model_id: str, settings: Settings) -> tuple[Path, Mapping[str, str]]:
+    """Downloads the small files, checks the model with them, then downloads its weights."""
+    revision = _revision(model_id, settings)
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
+    download = partial(snapshot_download, model_id, revision=revision, token=token)
     try:
         # asks once; snapshot_download would try for half a minute when the hub cannot be reached
-        HfApi(token=token).model_info(wanted["repo_id"], revision=wanted["revision"] or constants.DEFAULT_REVISION)
-        return Path(snapshot_download(**wanted, token=token))
+        listing = HfApi(token=token).model_info(model_id, revision=revision or constants.DEFAULT_REVISION)
+        files = {sibling.rfilename for sibling in listing.siblings or ()}
+        path = Path(download(allow_patterns=SMALL_FILES))
+        weights = checks.check(path, files, safety_checker=settings.safety_checker)
+        _check_tokenizer(path)
+        download(allow_patterns=list(weights.values()))
+        return path, weights
+    except StartError:
+        raise
     except GatedRepoError as error:
-        raise StartError(f"{name} is gated: accept its licence on the hub and set HF_TOKEN") from error
+        raise StartError("gated: accept its licence on the hub and set HF_TOKEN") from error
     except RevisionNotFoundError as error:
-        raise StartError(f"{name}: the hub has no such revision") from error
+        raise StartError("the hub has no such revision") from error
     except RepositoryNotFoundError as error:
-        raise StartError(f"{name}: the hub has no such model, or it is private and HF_TOKEN may not read it") from error
+        raise StartError("the hub has no such model, or it is private and HF_TOKEN may not read it") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, TransportError) as error:
         if constants.HF_HUB_OFFLINE:
             hint = "choose it as the endpoint's Model, or set HF_HUB_OFFLINE=0 to download it"
-            raise StartError(f"{name} is in no local cache, and HF_HUB_OFFLINE=1 forbids a download: {hint}") from error
-        raise StartError(f"{name} is in no local cache, and the hub cannot be reached", may_recover=True) from error
+            raise StartError(f"in no local cache, and HF_HUB_OFFLINE=1 forbids a download: {hint}") from error
+        raise StartError("in no local cache, and the hub cannot be reached", may_recover=True) from error
     except Exception as error:
-        raise StartError(f"cannot download {name}: {one_line(error)}", may_recover=True) from error
+        raise StartError(f"cannot be downloaded: {one_line(error)}", may_recover=True) from error
 
 
-def weight_files(path: Path, settings: Settings) -> list[Path]:
-    """The weight files that the worker loads from a model's directory."""
-    skipped = () if settings.safety_checker else ("safety_checker",)
-    return [path / component / file for component, file in WEIGHT_FILES.items() if component not in skipped]
+def _check_tokenizer(folder: Path) -> None:
+    """``checks.check_tokenizer`` of files."""
+    from transformers import CLIPTextConfig, CLIPTokenizer
 
-
-def check(path: Path, settings: Settings) -> dict[str, Any]:
-    """Checks that a directory holds a Stable Diffusion pipeline in safetensors, without reading the weights.
-
-    Returns:
-        What its model_index.json holds.
-
-    Raises:
-        StartError: naming what is missing or of the wrong kind.
-    """
     try:
-        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StartError(f"{path} is not a diffusers pipeline: it has no model_index.json") from None
-    except (OSError, ValueError) as error:
-        raise StartError(f"cannot read {path / 'model_index.json'}: {one_line(error)}") from error
-    kind = index.get("_class_name") if isinstance(index, dict) else None
-    if kind != PIPELINE:
-        raise StartError(f"{path} is a {kind}, this worker runs a {PIPELINE}")
-    for file in weight_files(path, settings):
-        component = file.parent.name
-        if component == "safety_checker" and index.get(component, [None])[0] is None:
-            continue
-        if os.access(file, os.R_OK):
-            continue
-        missing = "it is missing (pickled weights, .bin, can run code when loaded: they are not read)"
-        raise StartError(f"cannot use {file}: {'it may not be read by this user' if file.exists() else missing}")
-    return dict(index)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        text_encoder = CLIPTextConfig.from_pretrained(folder / "text_encoder", local_files_only=True)
+    except Exception as error:
+        raise StartError(f"the tokenizer cannot be read: {type(error).__name__}") from error
+    checks.check_tokenizer(tokenizer, text_encoder)

@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from src.model import repository
 from src.model.repository import Repository
 from src.settings import Settings
 
@@ -25,7 +24,7 @@ def begin(settings: Settings, found: Repository | None) -> None:
         settings: the worker's settings.
         found: the model, if it is on this machine.
     """
-    in_background(_read_ahead, repository.weight_files(found.path, settings) if found else [])
+    in_background(_read_ahead, found.weight_files if found else [])
     in_background(_make_cuda_context)
     if settings.bucket_name:
         in_background(importlib.import_module, "boto3")

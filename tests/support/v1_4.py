@@ -112,7 +112,7 @@ def make_repository(folder: Path, sizes: Sizes = SMALL) -> Path:
     )
     models = {
         "text_encoder": (CLIPTextModel(CLIPTextConfig(**text_config)), "pytorch_model.bin"),
-        "unet": (UNet2DConditionModel(attention_head_dim=8, **sizes["unet"]), "diffusion_pytorch_model.bin"),
+        "unet": (UNet2DConditionModel(**{"attention_head_dim": 8} | sizes["unet"]), "diffusion_pytorch_model.bin"),
         "vae": (vae, "diffusion_pytorch_model.bin"),
         "safety_checker": (safety_checker, "pytorch_model.bin"),
     }

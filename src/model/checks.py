@@ -1,0 +1,171 @@
+"""Whether a model is one that the worker runs, told from its small files and the names of the large ones."""
+
+import json
+from collections.abc import Collection, Set
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from src.errors import StartError, shortened
+
+PIPELINE = "StableDiffusionPipeline"
+CLASSES = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel"}
+REQUIRED = ("unet", "text_encoder", "vae", "tokenizer", "scheduler")
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "safety_checker": "model",
+    "text_encoder": "model",
+    "vae": "diffusion_pytorch_model",
+}
+"""The name of a component's weight file, without its ending; the largest of v1-4's first."""
+
+SINGLE_FILE = (
+    "a single-file checkpoint, which is not read: turn it into a directory with diffusers "
+    "(StableDiffusionPipeline.from_single_file, then save_pretrained)"
+)
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        StartError: if ``folder`` has none of that name.
+    """
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StartError(f"{name} is missing") from None
+    except (OSError, ValueError) as error:
+        # the text of an OSError has the whole path
+        why = error.strerror if isinstance(error, OSError) else error
+        raise StartError(f"cannot read {name}: {why}") from error
+    if not isinstance(content, dict):
+        raise StartError(f"cannot read {name}: it holds no JSON object")
+    return content
+
+
+def check(folder: Path, files: Set[str], *, safety_checker: bool) -> dict[str, str]:
+    """Checks that a model is a Stable Diffusion pipeline in safetensors, without reading the weights.
+
+    Args:
+        folder: has the model's JSON files.
+        files: the names of all its files, such as ``unet/config.json``, those that are not in ``folder`` yet included.
+        safety_checker: whether that is to be loaded.
+
+    Returns:
+        The weight file to load of each component, the largest of v1-4's first.
+
+    Raises:
+        StartError: saying what is missing or of the wrong kind, without the folder's name.
+    """
+    index = _read_index(folder, files)
+    _check_configs(folder, index)
+    components = [name for name in WEIGHTS if index.get(name, [None])[0]]
+    if not safety_checker:
+        components = [name for name in components if name != "safety_checker"]
+    return _choose_weights(components, files)
+
+
+def _read_index(folder: Path, files: Set[str]) -> dict[str, Any]:
+    if "model_index.json" not in files:
+        single = [name for name in sorted(files) if "/" not in name and name.endswith((".safetensors", ".ckpt"))]
+        hint = f"; {single[0]} is {SINGLE_FILE}" if single else ""
+        raise StartError(f"not a diffusers pipeline: it has no model_index.json{hint}")
+    index = read_json(folder, "model_index.json")
+    if (kind := index.get("_class_name")) != PIPELINE:
+        raise StartError(f"a {shortened(kind)}, this worker runs a {PIPELINE} (Stable Diffusion 1.x and 2.x)")
+    for component in (*REQUIRED, *OPTIONAL):
+        pair = index.get(component, [None, None])
+        if not isinstance(pair, list) or len(pair) != 2:
+            got = shortened(json.dumps(pair))
+            raise StartError(f"model_index.json: {component} must be a pair, [null, null] for none, got {got}")
+        if pair[0] is None and component in REQUIRED:
+            raise StartError(f"model_index.json names no {component}")
+        if pair[1] != CLASSES.get(component, pair[1]):
+            raise StartError(f"{component} is a {shortened(pair[1])}, this worker runs a {CLASSES[component]}")
+    return index
+
+
+def _check_configs(folder: Path, index: dict[str, Any]) -> None:
+    """Checks that the components fit each other. What a file leaves out is its class's default."""
+    unet, vae, text_encoder = (read_json(folder, f"{name}/config.json") for name in ("unet", "vae", "text_encoder"))
+    channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    if channels != latent_channels:
+        raise StartError(
+            f"unet/config.json: in_channels must be {latent_channels}, got {channels}: "
+            "models for inpainting and editing are other pipelines"
+        )
+    size = unet.get("sample_size")
+    if type(size) is not int or size < 8:
+        raise StartError(f"unet/config.json: sample_size must be one integer, such as 64, got {json.dumps(size)}")
+    # as in a configuration of CLIP as a whole
+    width = text_encoder.get("text_config", text_encoder).get("hidden_size", 512)
+    expected = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim", 1280)
+    if {width} != set(expected if isinstance(expected, list) else [expected]):
+        raise StartError(
+            f"text_encoder/config.json: hidden_size is {width}, but unet/config.json wants {json.dumps(expected)}: "
+            "the text encoder is another model's"
+        )
+    scheduler = read_json(folder, "scheduler/scheduler_config.json")
+    if index["scheduler"][1] == "PNDMScheduler" and not scheduler.get("skip_prk_steps"):
+        raise StartError(
+            "scheduler/scheduler_config.json: skip_prk_steps of PNDMScheduler must be true, as Stable Diffusion has it"
+        )
+
+
+def _choose_weights(components: Collection[str], files: Set[str]) -> dict[str, str]:
+    """The float16 files if there is one of every component, otherwise the others.
+
+    Where neither is complete, it is a component's float16 file, or else its other one, as with diffusers'
+    ``variant="fp16"``.
+    """
+    half, whole = (
+        {name: f"{name}/{WEIGHTS[name]}{variant}.safetensors" for name in components} for variant in (".fp16", "")
+    )
+    if not files >= set(half.values()) and files >= set(whole.values()):
+        return whole
+    chosen = {name: half[name] if half[name] in files else whole[name] for name in components}
+    for component, file in chosen.items():
+        if file not in files:
+            raise StartError(f"{file} is missing{_instead(component, files)}")
+    return chosen
+
+
+def _instead(component: str, files: Set[str]) -> str:
+    """Which other forms of a component's weights there are, and what to do about it."""
+    endings = (".safetensors", ".bin", ".ckpt", ".msgpack")
+    paths = [PurePosixPath(name) for name in sorted(files) if name.endswith(endings)]
+    there = [path.name for path in paths if path.parent.name == component]
+    if not there:
+        return ""
+    if any("-of-" in name for name in there):
+        advice = "shards are not read: save the model again in one file (save_pretrained, max_shard_size)"
+    elif any(name.endswith(".safetensors") for name in there):
+        advice = "if these are the weights that you want, give them that name"
+    else:
+        advice = "pickled weights can run code, and are not read: save the model again with diffusers (save_pretrained)"
+    return f" ({', '.join(there[:3])} is there; {advice})"
+
+
+def check_tokenizer(tokenizer: Any, text_encoder: Any) -> None:
+    """Checks that each token of any prompt has an embedding: on a CUDA device, one without would end the process.
+
+    Args:
+        tokenizer: transformers' CLIPTokenizer.
+        text_encoder: the configuration of transformers' CLIPTextModel.
+
+    Raises:
+        StartError: if not.
+    """
+    length, positions = tokenizer.model_max_length, text_encoder.max_position_embeddings
+    if length > positions:
+        # transformers has 1e30 for none
+        got = length if length < 1e9 else "none"
+        raise StartError(f"tokenizer/tokenizer_config.json: model_max_length must be at most {positions}, got {got}")
+    highest, words = max(tokenizer.get_vocab().values()), text_encoder.vocab_size
+    if highest >= words:
+        raise StartError(
+            f"tokenizer has tokens up to {highest}, text_encoder has embeddings up to {words - 1} only: "
+            "save it again after resize_token_embeddings"
+        )

@@ -1,0 +1,147 @@
+"""Models that the worker does not run are refused in one line, before their weights are read."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from src.errors import StartError
+from src.model import repository
+from src.settings import Settings
+from tests.support.layouts import edit, weight_file
+
+Damage = Callable[[Path], object]
+
+
+def config(name: str, **changes: Any) -> Damage:
+    return lambda folder: edit(folder, name, **changes)
+
+
+def index_entry(component: str, value: object) -> Damage:
+    def write(folder: Path) -> None:
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {component: value}))
+
+    return write
+
+
+def renamed(component: str, name: str) -> Damage:
+    """The component's weights are there in one form only."""
+
+    def rename(folder: Path) -> None:
+        weights = weight_file(folder, component)
+        for file in weights.parent.glob("*.bin"):
+            file.unlink()
+        weights.rename(weights.with_name(name))
+
+    return rename
+
+
+def single_file(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+    (folder / "dreamer_v8.safetensors").touch()
+
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+PICKLED = "pickled weights can run code, and are not read: save the model again with diffusers (save_pretrained)"
+RENAME = "if these are the weights that you want, give them that name"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "model_index.json").unlink(), "not a diffusers pipeline: it has no model_index.json"),
+        (
+            single_file,
+            "not a diffusers pipeline: it has no model_index.json; dreamer_v8.safetensors is a single-file checkpoint, "
+            "which is not read: turn it into a directory with diffusers (StableDiffusionPipeline.from_single_file, "
+            "then save_pretrained)",
+        ),
+        (
+            lambda folder: (folder / "model_index.json").write_text("{"),
+            "cannot read model_index.json: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+        ),
+        (
+            lambda folder: (folder / "model_index.json").write_text("[]"),
+            "cannot read model_index.json: it holds no JSON object",
+        ),
+        (
+            index_entry("_class_name", "StableDiffusionXLPipeline"),
+            "a StableDiffusionXLPipeline, this worker runs a StableDiffusionPipeline (Stable Diffusion 1.x and 2.x)",
+        ),
+        (
+            index_entry("safety_checker", None),
+            "model_index.json: safety_checker must be a pair, [null, null] for none, got null",
+        ),
+        (index_entry("vae", [None, None]), "model_index.json names no vae"),
+        (
+            index_entry("text_encoder", ["transformers", "T5EncoderModel"]),
+            "text_encoder is a T5EncoderModel, this worker runs a CLIPTextModel",
+        ),
+        (lambda folder: shutil.rmtree(folder / "vae"), "vae/config.json is missing"),
+        (lambda folder: (folder / "vae" / "config.json").write_text("{"), "cannot read vae/config.json: Expecting "),
+        (
+            lambda folder: (folder / "scheduler" / "scheduler_config.json").unlink(),
+            "scheduler/scheduler_config.json is missing",
+        ),
+        (
+            lambda folder: weight_file(folder, "unet").unlink(),
+            f"{UNET} is missing (diffusion_pytorch_model.bin is there; {PICKLED})",
+        ),
+        (
+            renamed("unet", "diffusion_pytorch_model.non_ema.safetensors"),
+            f"{UNET} is missing (diffusion_pytorch_model.non_ema.safetensors is there; {RENAME})",
+        ),
+        (
+            renamed("unet", "diffusion_pytorch_model-00001-of-00002.safetensors"),
+            f"{UNET} is missing (diffusion_pytorch_model-00001-of-00002.safetensors is there; shards are not read: "
+            "save the model again in one file (save_pretrained, max_shard_size))",
+        ),
+        (
+            renamed("text_encoder", "pytorch_model.safetensors"),
+            f"text_encoder/model.safetensors is missing (pytorch_model.safetensors is there; {RENAME})",
+        ),
+        (renamed("vae", "readme.txt"), "vae/diffusion_pytorch_model.safetensors is missing"),
+        (
+            config("unet/config.json", in_channels=9),
+            "unet/config.json: in_channels must be 4, got 9: models for inpainting and editing are other pipelines",
+        ),
+        (
+            config("unet/config.json", sample_size=[64, 64]),
+            "unet/config.json: sample_size must be one integer, such as 64, got [64, 64]",
+        ),
+        (
+            config("unet/config.json", sample_size=None),
+            "unet/config.json: sample_size must be one integer, such as 64, got null",
+        ),
+        (
+            config("text_encoder/config.json", hidden_size=1024),
+            "text_encoder/config.json: hidden_size is 1024, but unet/config.json wants 32: the text encoder is another "
+            "model's",
+        ),
+        (
+            config("scheduler/scheduler_config.json", skip_prk_steps=None),
+            "scheduler/scheduler_config.json: skip_prk_steps of PNDMScheduler must be true, as Stable Diffusion has it",
+        ),
+    ],
+)
+def test_model_is_refused_in_one_line(v1_4_repository: Path, tmp_path: Path, damage: Damage, said: str):
+    folder = tmp_path / "copy"
+    shutil.copytree(v1_4_repository, folder)
+    damage(folder)
+    with pytest.raises(StartError) as refused:
+        repository.find(Settings(model_id=str(folder)))
+    line = str(refused.value)
+    assert line.startswith(f"MODEL_ID={folder}: {said}") if said.endswith(" ") else line == f"MODEL_ID={folder}: {said}"
+    assert "\n" not in line
+    # it is the same on every host
+    assert not refused.value.may_recover
+
+
+def test_single_file_is_no_model(tmp_path: Path):
+    (tmp_path / "dreamer.safetensors").touch()
+    with pytest.raises(StartError, match=r"dreamer\.safetensors: a single-file checkpoint, which is not read: "):
+        repository.find(Settings(model_id=str(tmp_path / "dreamer.safetensors")))

@@ -1,0 +1,246 @@
+"""Where a model is found: a directory, RunPod's cache, Hugging Face's, the hub; and which of its files are read."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from src.errors import StartError
+from src.model import repository
+from src.model.checks import WEIGHTS
+from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION, Settings
+from tests.support import hub
+from tests.support.layouts import edit, halve, weight_file
+from tests.support.processes import python
+
+REPO = "someone/tiny"
+
+
+@pytest.fixture
+def copy(v1_4_repository: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(v1_4_repository, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    ("model_id", "said"),
+    [
+        ("/no/such/directory", "no such directory"),
+        ("./nowhere", "no such directory"),
+        ("no hub id", "neither a directory nor a hub id"),
+        ("a/b/c", "neither a directory nor a hub id"),
+    ],
+)
+def test_a_model_that_cannot_be(model_id: str, said: str):
+    with pytest.raises(StartError, match=said):
+        repository.find(Settings(model_id=model_id))
+
+
+def find(environment: dict[str, str], *, runpod_cache: Path | None = None) -> str:
+    """Runs ``repository.find`` in a process of its own, since the hub's library reads its environment at import."""
+    code = (
+        "from pathlib import Path; from src.errors import StartError\n"
+        "from src.model import repository; from src.settings import Settings\n"
+        f"repository.RUNPOD_CACHE = Path({str(runpod_cache or '/nowhere')!r})\n"
+        "try: print(repository.find(Settings.from_environment()).where)\n"
+        "except StartError as error: print('refused:', error)"
+    )
+    return python(code, MODEL_ID=REPO, **environment)
+
+
+@pytest.mark.process
+def test_a_hub_id_is_downloaded_once_and_then_found_in_the_cache(v1_4_repository: Path, tmp_path: Path):
+    with hub.serve(REPO, v1_4_repository) as (address, fetched):
+        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}
+        assert find(environment | {"SAFETY_CHECKER": "false"}) == "downloaded\n"
+        assert "unet/diffusion_pytorch_model.safetensors" in fetched
+        assert not [name for name in fetched if name.endswith(".bin") or name.startswith("safety_checker/model")]
+        fetched.clear()
+        assert find(environment) == "downloaded\n"
+        assert fetched == ["safety_checker/model.safetensors"]
+        fetched.clear()
+        assert find(environment) == "Hugging Face cache\n"
+        assert fetched == []
+    offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    assert find(offline) == "Hugging Face cache\n"
+    assert find(offline | {"HF_HOME": "/nowhere"}, runpod_cache=tmp_path / "hub") == "RunPod's cached models\n"
+    assert find(offline, runpod_cache=tmp_path / "hub") == "RunPod's cached models\n"
+
+
+def cached(v1_4_repository: Path, cache: Path, name: str, commit: str) -> None:
+    """Adds a commit of a model to a cache, as RunPod does it: without the hub's library, and without a branch."""
+    shutil.copytree(v1_4_repository, cache / f"models--{name.replace('/', '--')}" / "snapshots" / commit)
+
+
+def test_the_pinned_commit_of_a_model_that_runpod_cached_is_preferred_and_another_is_logged(
+    v1_4_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(repository, "RUNPOD_CACHE", tmp_path)
+
+    def found(revision: str | None = None) -> str | None:
+        found = repository.find_local(Settings(model_id=DEFAULT_MODEL_ID, model_revision=revision))
+        return found and f"{found}, {found.where}"
+
+    other = f"{DEFAULT_MODEL_ID} at {hub.REVISION[:12]}, RunPod's cached models"
+    pinned = f"{DEFAULT_MODEL_ID} at {DEFAULT_MODEL_REVISION[:12]}, RunPod's cached models"
+    assert found() is None
+    cached(v1_4_repository, tmp_path, DEFAULT_MODEL_ID.lower(), hub.REVISION)
+    assert found() == f"{other} (not the pinned commit, {DEFAULT_MODEL_REVISION[:12]})"
+    assert found(hub.REVISION) == other
+    assert found(DEFAULT_MODEL_REVISION) is None
+    cached(v1_4_repository, tmp_path, DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION)
+    assert found() == found(DEFAULT_MODEL_REVISION) == pinned
+
+
+def test_of_a_model_that_runpod_cached_the_newest_usable_commit_is_taken(
+    v1_4_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(repository, "RUNPOD_CACHE", tmp_path)
+    for commit, changed in (("old", 1), ("new", 3), ("damaged", 4), ("middle", 2)):
+        cached(v1_4_repository, tmp_path, REPO, commit)
+        os.utime(tmp_path / "models--someone--tiny" / "snapshots" / commit, (changed, changed))
+    (tmp_path / "models--someone--tiny" / "snapshots" / "damaged" / "model_index.json").unlink()
+    found = repository.find(Settings(model_id=REPO))
+    assert (found.name, found.revision, found.where) == (REPO, "new", "RunPod's cached models")
+
+
+def test_what_is_wrong_with_a_cached_model_is_reported_where_none_may_be_downloaded(
+    v1_4_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(repository, "RUNPOD_CACHE", tmp_path)
+    cached(v1_4_repository, tmp_path, DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION)
+    (weight,) = tmp_path.glob("*/snapshots/*/vae/*.safetensors")
+    weight.unlink()
+    assert repository.find_local(Settings(model_id=DEFAULT_MODEL_ID)) is None
+    monkeypatch.setattr(repository.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(StartError, match=f"^MODEL_ID={DEFAULT_MODEL_ID}: vae/{weight.name} is missing"):
+        repository.find_local(Settings(model_id=DEFAULT_MODEL_ID))
+
+
+@pytest.mark.process
+def test_a_broken_download_goes_on_where_it_broke(copy: Path, tmp_path: Path):
+    # as much as the hub's library keeps in memory before it writes, and more
+    big = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    big.write_bytes(os.urandom(24 * 2**20))
+    with hub.serve(REPO, copy, breaks_off="unet/diffusion_pytorch_model.safetensors") as (address, fetched):
+        assert find({"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}) == "downloaded\n"
+    assert [name for name in fetched if name.startswith("unet/diff")] == [
+        "unet/diffusion_pytorch_model.safetensors",
+        f"unet/diffusion_pytorch_model.safetensors:{10 * 2**20}",
+    ]
+    (downloaded,) = (tmp_path / "home").glob(f"hub/*/snapshots/{hub.REVISION}/unet/{big.name}")
+    assert downloaded.read_bytes() == big.read_bytes()
+
+
+@pytest.mark.process
+def test_what_the_hub_refuses_is_reported_in_one_line(v1_4_repository: Path, tmp_path: Path):
+    home = {"HF_HOME": str(tmp_path)}
+    with hub.serve(REPO, v1_4_repository) as (address, _):
+        assert find(home | {"HF_ENDPOINT": address, "MODEL_REVISION": "nope"}) == (
+            f"refused: MODEL_ID={REPO}, MODEL_REVISION=nope: the hub has no such revision\n"
+        )
+    with hub.serve("someone/else", v1_4_repository) as (address, _):
+        assert "the hub has no such model, or it is private" in find(home | {"HF_ENDPOINT": address})
+    with hub.serve(REPO, v1_4_repository, token="hf_other") as (address, _):
+        said = find(home | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_secret"})
+        assert said == f"refused: MODEL_ID={REPO}: gated: accept its licence on the hub and set HF_TOKEN\n"
+    for revision in ("main", hub.REVISION):
+        unreachable = home | {"HF_ENDPOINT": "http://127.0.0.1:9", "MODEL_REVISION": revision}
+        started = time.monotonic()
+        assert "the hub cannot be reached" in find(unreachable)
+        assert time.monotonic() - started < 15
+    assert "or set HF_HUB_OFFLINE=0 to download it" in find(home | {"HF_HUB_OFFLINE": "1"})
+
+
+ALL = set(WEIGHTS)
+"""The components that have weights."""
+
+
+def in_part(folder: Path) -> None:
+    halve(folder, "unet", "vae")
+
+
+def without_common_kind(folder: Path) -> None:
+    halve(folder, "unet", "vae")
+    weight_file(folder, "unet").unlink()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "half"),
+    [
+        (lambda folder: None, set()),
+        (halve, ALL),
+        (lambda folder: halve(folder, keep=False), ALL),
+        (in_part, set()),
+        (without_common_kind, {"unet", "vae"}),
+    ],
+)
+def test_float16_files_are_read_where_every_component_has_one(
+    copy: Path, prepare: Callable[[Path], None], half: set[str]
+):
+    prepare(copy)
+    found = repository.find(Settings(model_id=str(copy)))
+    assert list(found.weights) == ["unet", "safety_checker", "text_encoder", "vae"]
+    assert {component for component, file in found.weights.items() if ".fp16." in file} == half
+    assert all(file.is_file() for file in found.weight_files)
+
+
+def test_components_that_are_not_loaded_need_no_float16_file(copy: Path):
+    halve(copy, "unet", "text_encoder", "vae")
+    found = repository.find(Settings(model_id=str(copy), safety_checker=False))
+    assert found.weights == {name: f"{name}/{WEIGHTS[name]}.fp16.safetensors" for name in found.weights}
+
+
+def test_embedded_model_has_three_files_to_read():
+    assert all(file.is_file() for file in repository.find(Settings(model_id="demo")).weight_files)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("prepare", "half"), [(halve, True), (in_part, False)])
+def test_one_precision_is_downloaded(copy: Path, tmp_path: Path, prepare: Callable[[Path], None], half: bool):
+    prepare(copy)
+    (copy / "LICENSE.md").write_text("as the model's authors have it")
+    with hub.serve(REPO, copy) as (address, fetched):
+        assert find({"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}) == "downloaded\n"
+    weights = {name for name in fetched if name.endswith(".safetensors")}
+    assert weights == {f"{name}/{WEIGHTS[name]}{'.fp16' if half else ''}.safetensors" for name in ALL}
+    assert "LICENSE.md" in fetched
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (
+            lambda folder: edit(folder, "model_index.json", _class_name="StableDiffusionXLPipeline"),
+            "a StableDiffusionXLPipeline, this worker runs a StableDiffusionPipeline (Stable Diffusion 1.x and 2.x)",
+        ),
+        (
+            lambda folder: edit(folder, "tokenizer/tokenizer_config.json", model_max_length=78),
+            "tokenizer/tokenizer_config.json: model_max_length must be at most 77, got 78",
+        ),
+        (
+            lambda folder: (folder / "tokenizer" / "vocab.json").unlink(),
+            "the tokenizer cannot be read: ",
+        ),
+    ],
+)
+def test_model_is_refused_before_its_weights_are_downloaded(
+    copy: Path, tmp_path: Path, prepare: Callable[[Path], None], said: str
+):
+    prepare(copy)
+    with hub.serve(REPO, copy) as (address, fetched):
+        refused = find({"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")})
+    assert refused.startswith(f"refused: MODEL_ID={REPO}: {said}")
+    assert fetched and not [name for name in fetched if name.endswith((".safetensors", ".bin"))]
+
+
+def test_baked_model_alone_is_called_by_its_origin(copy: Path):
+    edit(copy, "model_index.json", _name_or_path="CompVis/stable-diffusion-v1-4", _commit_hash="abc")
+    found = repository.find(Settings(model_id=str(copy)))
+    assert (found.name, found.revision) == ("copy", None)
+    edit(copy, "model_index.json", **{repository.ORIGIN: {"model": REPO, "commit": hub.REVISION}})
+    found = repository.find(Settings(model_id=str(copy)))
+    assert (found.name, found.revision) == (REPO, hub.REVISION)
