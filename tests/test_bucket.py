@@ -1,4 +1,4 @@
-"""Pictures in S3-compatible storage, over HTTPS, against moto's server."""
+"""Pictures stored over HTTPS in S3-compatible storage, for which moto's server stands in."""
 
 import asyncio
 import datetime
@@ -16,6 +16,7 @@ from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
+import boto3
 import pytest
 import requests
 from cryptography import x509
@@ -33,6 +34,7 @@ from src.errors import JobError
 from src.generation.engine import Engine
 from src.settings import Settings
 from src.worker import Worker
+from tests.support.internals import finish_uploads
 from tests.support.processes import ROOT
 
 MOTO = "https://s3.amazonaws.com"
@@ -48,25 +50,25 @@ REGIONAL = {
     "https://s3.fr-par.scw.cloud": "fr-par",
     "https://minio.example.com:9000": "us-east-1",
 }
-"""Addresses of storages without a bucket's name, and the region that each means."""
+"""Addresses of storage services without a bucket's name, and the region of each."""
 
 
 @dataclass
 class Storage:
-    """moto's S3 server over HTTPS, at the addresses of well-known storages."""
+    """moto's S3 server over HTTPS, at the addresses of well-known storage services."""
 
     client: Any
     requests: list[dict[str, str]]
-    """The headers of each request that it got, as WSGI names them."""
+    """The headers of each request, as WSGI names them."""
     answers: list[tuple[str, dict[str, str]]]
-    """Status and headers with which it answers the next requests instead of doing what they ask."""
+    """Status and headers of the answers to the next requests, which are then not carried out."""
     barriers: list[threading.Barrier]
-    """At each, one of the next requests waits for the test, twice, before it is answered."""
+    """The next requests each take one and wait at it twice before they are answered."""
 
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for every one of the storages and its buckets, and its key, in one file."""
+    """A file with a certificate for all storage services and their buckets, and its key."""
     names = [urlsplit(address).hostname for address in REGIONAL]
     names = [x509.DNSName(name) for host in names for name in (host, f"*.{host}")]
     key = ec.generate_private_key(ec.SECP256R1())
@@ -88,7 +90,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def storage(certificate: Path) -> Iterator[Storage]:
-    """A storage with one bucket, ``pictures``, reached through a proxy that has every address lead to it."""
+    """A storage service with the bucket ``pictures``. A proxy routes every address to it."""
     moto, received = DomainDispatcherApplication(create_backend_app), list[dict[str, str]]()
     answers, barriers = list[tuple[str, dict[str, str]]](), list[threading.Barrier]()
 
@@ -132,14 +134,16 @@ def storage(certificate: Path) -> Iterator[Storage]:
         patch.setenv("AWS_CA_BUNDLE", str(certificate))
         patch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
         patch.setenv("MOTO_S3_CUSTOM_ENDPOINTS", ",".join(REGIONAL))
-        client = Bucket(settings())._client
+        client = boto3.client(
+            "s3", endpoint_url=MOTO, region_name="us-east-1", aws_access_key_id="key", aws_secret_access_key="secret"
+        )
         client.create_bucket(Bucket="pictures")
         yield Storage(client, received, answers, barriers)
         server.shutdown()
         proxy.shutdown()
 
 
-def settings(address: str = "https://s3.amazonaws.com", name: str = "pictures", region: str | None = None) -> Settings:
+def settings(address: str = MOTO, name: str = "pictures", region: str | None = None) -> Settings:
     return Settings(
         bucket_endpoint_url=address,
         bucket_access_key_id="key",
@@ -162,7 +166,7 @@ def test_every_form_of_address_stores_the_same_object(storage: Storage, address:
     assert (put["REQUEST_METHOD"], put["CONTENT_LENGTH"]) == ("PUT", str(len(address)))
     assert put["HTTP_HOST"] == (f"pictures.{host}" if form == "in the host" else host)
     assert f"/{REGIONAL[address]}/s3/aws4_request" in put["HTTP_AUTHORIZATION"]
-    # what R2 and others refuse
+    # R2 and others refuse these
     assert "HTTP_CONTENT_ENCODING" not in put and "HTTP_X_AMZ_TRAILER" not in put
     assert "TRAILER" not in put["HTTP_X_AMZ_CONTENT_SHA256"]
     assert not any("CHECKSUM" in name for name in put)
@@ -289,7 +293,7 @@ def test_cancelled_job_stores_no_further_picture_and_delays_no_other_job(storage
     storage.barriers.append(barrier)
     worker = Worker(v1_4_engine, settings())
     assert "image_url" in asyncio.run(cancel_during_the_first_upload())
-    worker._bucket._threads.shutdown()
+    finish_uploads(worker)
     assert [put["PATH_INFO"] for put in storage.requests] == [
         "/pictures/job-9/picture-1.png",
         "/pictures/job-10/picture-1.png",
@@ -313,7 +317,7 @@ def test_log_leaves_out_the_signature_of_a_link(
 
 
 def test_wrong_access_key_is_refused(storage: Storage):
-    # moto checks keys once it knows after how many requests to begin
+    # moto checks keys only after this many requests
     requests.post(f"{MOTO}/moto-api/reset-auth", data="0", timeout=10)
     try:
         with pytest.raises(JobError, match=r"the endpoint's bucket refused the picture: InvalidAccessKeyId"):

@@ -1,3 +1,5 @@
+"""Diagnosis of missing drivers, devices and kernels."""
+
 import ctypes
 import re
 from pathlib import Path
@@ -15,19 +17,26 @@ MODULES = {
 }
 
 
+def store(target: object, value: int) -> None:
+    """Writes through a pointer to an integer, as a C function does."""
+    ctypes.cast(target, ctypes.POINTER(ctypes.c_int))[0] = value
+
+
 class Libcuda:
+    """Stands in for NVIDIA's driver library."""
+
     def __init__(self, number: int, error: int = 0, devices: int = 0):
         self.number, self.error, self.devices = number, error, devices
 
     def cuDriverGetVersion(self, number) -> int:
-        number._obj.value = self.number
+        store(number, self.number)
         return self.error
 
     def cuInit(self, flags: int) -> int:
         return self.error
 
     def cuDeviceGetCount(self, number) -> int:
-        number._obj.value = self.devices
+        store(number, self.devices)
         return 0
 
 
@@ -56,7 +65,7 @@ def test_driver_is_detected_with_and_without_a_device(
     if version:
         (tmp_path / "version").write_text(MODULES[version] + "GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n")
     assert cuda_driver.find() == found
-    # a build of PyTorch for the CPU uses none
+    # a PyTorch built for the CPU uses no device
     for build, shows in (("2.13.0", found.devices > 0), ("2.13.0+cu126", found.devices > 0), ("2.13.0+cpu", False)):
         monkeypatch.setattr(cuda_driver.metadata, "version", lambda package, build=build: build)
         assert cuda_driver.shows_device() is shows
@@ -103,7 +112,7 @@ def test_message_names_an_empty_list_of_visible_devices():
 
 
 CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
-"""What PyTorch's build for CUDA 12.6 has kernels for."""
+"""The architectures for which PyTorch's build for CUDA 12.6 has kernels."""
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0)])
