@@ -8,7 +8,9 @@
 # Needs bash, curl and python3.
 set -euo pipefail
 
-die() { printf 'generate.sh: %s\n' "$1" >&2; exit 1; }
+[[ -t 2 ]] && clear=$'\r\033[K' || clear='' # removes a terminal's line of progress
+say() { printf '%sgenerate.sh: %s\n' "$clear" "$1" >&2; }
+die() { say "$1"; exit 1; }
 # shielded COMMAND...: Ctrl-C reaches every process of the script, but only the script acts on it
 shielded() { (trap '' INT && exec "$@"); }
 
@@ -49,7 +51,7 @@ request() {
         status=$(shielded curl -sS --max-time 120 -H "@$work/headers" -H 'Content-Type: application/json' \
             -o "$work/answer" -w '%{http_code}' "${@:2}" "$endpoint$1" 2>"$work/error") || status=000
         [[ -n $pause && ($status == 429 || -n $job && $status == [05]??) ]] || break
-        printf 'the endpoint is busy or broken (%s), trying again in %s s\n' "$status" "$pause" >&2
+        say "the endpoint is busy or broken ($status), trying again in $pause s"
         sleep "$pause"
     done
     case $method$status in
@@ -67,8 +69,9 @@ read_answer() {
 import json, sys
 try:
     answer = json.load(sys.stdin)
-    progress = (answer.get("output") or {}).get("progress", "")
-    print(answer["id"], answer["status"], *answer.get("error", f"{progress} %" if progress else "").split())
+    progress = (answer.get("output") or {}).get("progress")
+    detail = answer.get("error") or (f"{progress} %" if progress else "")
+    print(answer["id"], answer["status"], *detail.split())
 except (ValueError, KeyError, AttributeError):
     sys.exit("generate.sh: this is not an answer of RunPod: check ENDPOINT_URL")' <"$work/answer"
 }
@@ -76,9 +79,8 @@ interrupted() {
     trap - INT TERM
     # the id of a job that was just sent is in the answer alone
     [[ -n $job ]] || read -r job _ <<<"$(read_answer 2>/dev/null)"
-    if [[ -n $job ]] && shielded curl -sSf -o /dev/null -X POST -H "@$work/headers" "$endpoint/cancel/$job"; then
-        printf '\ngenerate.sh: cancelled job %s\n' "$job" >&2
-    fi
+    [[ -n $job ]] || exit 130
+    shielded curl -sSf -m 20 -o /dev/null -X POST -H "@$work/headers" "$endpoint/cancel/$job" && say "cancelled job $job"
     exit 130
 }
 
@@ -105,12 +107,12 @@ while
     read -r job state detail <<<"$answer"
     [[ $state == IN_QUEUE || $state == IN_PROGRESS ]]
 do
-    printf '\r\033[K%s %s' "$state" "$detail" >&2
+    [[ -z $clear ]] || printf '%s%s %s' "$clear" "$state" "$detail" >&2
     sleep 0.5
     request "/status/$job" -X "$method"
 done
 trap - INT TERM
-printf '\r\033[K' >&2
+printf %s "$clear" >&2
 [[ $state == COMPLETED ]] || die "job $job ended as $state${detail:+: $detail}"
 
 python3 - "$output" "$work/answer" <<'PYTHON'

@@ -1,6 +1,7 @@
 """examples/generate.sh, against the stand-in of RunPod."""
 
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -23,9 +24,10 @@ def generate(platform: Platform, folder: Path, *arguments: str, **settings: str)
 
 
 def error_of(ran: subprocess.CompletedProcess[str]) -> str:
-    """The one line with which a failed script ends."""
+    """The one line that a failed script prints."""
     assert (ran.returncode, ran.stdout) == (1, "")
-    return re.split("\n|\033\\[K", ran.stderr.strip())[-1].removeprefix("generate.sh: ")
+    (line,) = ran.stderr.splitlines()
+    return line.removeprefix("generate.sh: ")
 
 
 def test_any_prompt_becomes_a_picture(platform: Platform, client: Client, tmp_path: Path):
@@ -92,6 +94,18 @@ def test_a_picture_in_a_bucket_is_downloaded(tmp_path: Path):
     assert (ran.stdout, ran.returncode) == ("picture.png seed 1\n", 0)
     assert "warning: careful" in ran.stderr
     assert (tmp_path / "picture.png").read_bytes() == b"a picture"
+
+
+@pytest.mark.process
+def test_a_terminal_shows_progress(tmp_path: Path):
+    terminal, its_end = pty.openpty()
+    with ending_its_job("FAILED", {"error": "no luck"}) as platform:
+        command, env = [GENERATE, "the sea"], os.environ | environment(platform)
+        script = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=its_end)
+        assert script.wait(20) == 1
+    shown = os.read(terminal, 1000).decode().split("\r\033[K")
+    assert shown[1].strip() == "IN_QUEUE"
+    assert re.fullmatch(r"generate.sh: job [\w-]+ ended as FAILED: no luck\r\n", shown[-1])
 
 
 def test_the_sdks_local_server_is_an_endpoint(local_server: str, platform: Platform, tmp_path: Path):
