@@ -6,14 +6,11 @@ from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
 
 
 class FusedSlicedAttnProcessor:
-    """Computes attention for some of the heads of all images at a time, with ``scaled_dot_product_attention``.
+    """Computes attention in ``steps`` slices, each some of the heads of all images, with PyTorch's fused attention.
 
-    diffusers' ``SlicedAttnProcessor`` holds the scores of a slice in memory; fused attention never holds any. The
-    heads are split with views, so a slice costs one kernel and all of them one copy. Handles what
-    ``SlicedAttnProcessor`` handles, and fused projections as well (``fuse_qkv_projections``).
-
-    Args:
-        steps: slices, at most one per head.
+    diffusers' ``SlicedAttnProcessor`` holds the scores of a slice in memory; fused attention never holds any. The heads
+    are split with views, so a slice costs one kernel and all of them one copy. Handles what ``SlicedAttnProcessor``
+    does, and fused projections.
     """
 
     def __init__(self, steps: int) -> None:
