@@ -1,4 +1,4 @@
-"""The real program in a real process: the local run, the local server over HTTP, starts that fail."""
+"""The program as a user runs it: one job, the local server over HTTP, starts that fail."""
 
 import ast
 import fcntl
@@ -20,6 +20,7 @@ import pytest
 import requests
 from PIL import Image
 
+from tests.support import forks
 from tests.support.client import picture
 from tests.support.processes import run_handler
 
@@ -72,7 +73,7 @@ def test_several_pictures_are_numbered_and_their_result_is_logged_on_demand(tmp_
 
 
 def failure(ran: subprocess.CompletedProcess[str]) -> str:
-    """What a job failed with: one line, after those of the start."""
+    """The error with which a job failed: one line after those of the start."""
     assert ran.returncode == 1
     assert ran.stderr == ""
     *log, banner, line = ran.stdout.splitlines()
@@ -82,10 +83,10 @@ def failure(ran: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_bad_job_fails_with_one_line(tmp_path: Path):
-    ran = run_handler(tmp_path, "--test_input", '{"input": {"promt": "sea"}}')
+    ran = forks.run_handler(tmp_path, "--test_input", '{"input": {"promt": "sea"}}')
     assert failure(ran) == "invalid input: prompt: required; promt: unknown field, did you mean prompt?"
     (tmp_path / "picture.png").mkdir()
-    ran = run_handler(tmp_path, "--test_input", job())
+    ran = forks.run_handler(tmp_path, "--test_input", job())
     assert failure(ran) == f"cannot write {tmp_path / 'picture.png'}: Is a directory"
 
 
@@ -96,7 +97,7 @@ def test_progress_bar_is_shown_on_a_terminal(tmp_path: Path):
     ran = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=its_end, timeout=120)
     os.close(its_end)
     drawn = b""
-    # reading fails when all that was written is read
+    # reading fails at the end of what was written
     with suppress(OSError):
         while piece := os.read(terminal, 4096):
             drawn += piece
@@ -104,7 +105,7 @@ def test_progress_bar_is_shown_on_a_terminal(tmp_path: Path):
     assert ran.returncode == 0
     steps = [int(step) for step in re.findall(rb"(\d+)/100 ", drawn)]
     assert len(set(steps)) > 2 and steps == sorted(steps)
-    # it is gone when the picture is reported
+    # the bar is removed before the picture is reported
     assert drawn.split(b"\r")[-2].strip() == b""
     assert b"picture.png: seed" in ran.stdout
 
@@ -122,15 +123,15 @@ def test_progress_bar_is_shown_on_a_terminal(tmp_path: Path):
 def test_invalid_test_input_is_refused_before_the_start(tmp_path: Path, file: str | None, said: str):
     if file is not None:
         (tmp_path / "test_input.json").write_text(file, encoding="latin-1")
-    refused_to_start(run_handler(tmp_path), said.format(folder=tmp_path))
+    refused_to_start(forks.run_handler(tmp_path), said.format(folder=tmp_path))
 
 
 def test_unusable_server_address_is_refused_before_the_start(tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        ran = run_handler(tmp_path, "--rp_serve_api", "--rp_api_port", port)
+        ran = forks.run_handler(tmp_path, "--rp_serve_api", "--rp_api_port", port)
         refused_to_start(ran, f"cannot serve on port {port} of localhost: Address already in use; see --rp_api_port")
-    ran = run_handler(tmp_path, "--rp_serve_api", "--rp_api_host", "nowhere.invalid")
+    ran = forks.run_handler(tmp_path, "--rp_serve_api", "--rp_api_host", "nowhere.invalid")
     refused_to_start(ran, "cannot serve on port 8000 of nowhere.invalid: ")
 
 

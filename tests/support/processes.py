@@ -1,4 +1,4 @@
-"""Programs that tests run to their end in processes of their own."""
+"""Programs in fresh processes. Where the imports are not the point, ``forks`` runs them sooner."""
 
 import os
 import subprocess
@@ -7,24 +7,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FAULTY = [sys.executable, "-m", "tests.support.faulty_worker"]
-"""The command of a worker that fails when a prompt or its environment asks for it."""
+"""The command of a worker that fails when a prompt or its environment tells it to."""
 
 
 def python(code: str, **environment: str) -> str:
-    """What ``code`` prints in a process of its own, where nothing is imported yet."""
+    """Runs ``code`` in a fresh process and returns what it prints."""
     command = [sys.executable, "-c", code]
     ran = subprocess.run(command, cwd=ROOT, env=os.environ | environment, text=True, capture_output=True)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
 
+def users_environment() -> dict[str, str]:
+    """The environment of a user, who sets no log level."""
+    return {name: value for name, value in os.environ.items() if name != "RUNPOD_LOG_LEVEL"}
+
+
 def run_handler(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs ``handler.py`` as a person does, who sets no log level."""
-    bare = {name: value for name, value in os.environ.items() if name != "RUNPOD_LOG_LEVEL"}
+    """Runs ``handler.py`` with ``arguments`` in ``folder``."""
     return subprocess.run(
         [sys.executable, ROOT / "handler.py", *arguments],
         cwd=folder,
-        env=bare | environment,
+        env=users_environment() | environment,
         text=True,
         capture_output=True,
         timeout=120,
