@@ -126,8 +126,8 @@ def test_result_over_the_limit_is_refused_and_one_at_the_limit_is_not():
     with pytest.raises(JobError, match="or have a bucket set up") as refused:
         output(request(), limit=size - 1)
     assert str(refused.value) == (
-        "the result has 0.0 MB, the limit is 0.0 MB: ask for fewer or smaller images, for jpeg or webp as "
-        "output_format, or have a bucket set up for the endpoint"
+        f"the result has {size / 1e6} MB, the limit is {(size - 1) / 1e6} MB: ask for fewer or smaller images, "
+        "for jpeg or webp as output_format, or have a bucket set up for the endpoint"
     )
     with pytest.raises(JobError, match=r"images, for a lower output_quality, or have a bucket set up"):
         output(request(output_format="jpeg"), limit=size)

@@ -98,7 +98,7 @@ def test_device_fault_asks_the_platform_to_replace_the_worker(v1_4_engine: Engin
 def test_result_over_the_limit_is_an_error(v1_4_engine: Engine):
     answer = run(v1_4_engine, job(num_images=4), Settings(max_result_bytes=10_000))
     assert set(answer) == {"error"}
-    assert "the limit is 0.0 MB: ask for fewer or smaller images, for" in answer["error"]
+    assert "the limit is 0.01 MB: ask for fewer or smaller images, for" in answer["error"]
 
 
 def test_job_delivered_again_gets_the_same_answer_unless_it_failed(v1_4_engine: Engine):

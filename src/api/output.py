@@ -109,7 +109,7 @@ def job_output(
     if size > max_result_bytes:
         way_out = "jpeg or webp as output_format" if request.output_format == "png" else "a lower output_quality"
         raise JobError(
-            f"the result has {size / 1e6:.1f} MB, the limit is {max_result_bytes / 1e6:.1f} MB: "
+            f"the result has {size / 1e6:.8g} MB, the limit is {max_result_bytes / 1e6:.8g} MB: "
             f"ask for fewer or smaller images, for {way_out}, or have a bucket set up for the endpoint"
         )
     return output
