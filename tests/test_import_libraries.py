@@ -1,11 +1,17 @@
-"""What is deferred is not imported by a start, and complete when it is used."""
+"""Deferred imports: a start does without them, and they are complete when used."""
 
-import json
+import os
+from pathlib import Path
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from src.schedulers import SCHEDULERS
+from src.startup import import_libraries
 from src.startup.import_libraries import DEFERRED
+from tests.support import forks
 from tests.support.processes import python
 
 pytestmark = pytest.mark.process
@@ -16,27 +22,32 @@ def real():
     names = {[name for name in DEFERRED if name != "torch.distributed"]}
     return [name for name in names if type(sys.modules.get(name)).__name__ == "module"]
 """
+"""``real()`` names the deferred modules that have been imported."""
 
 
-def test_start_imports_nothing_deferred_and_only_klms_does_later(v1_4_repository):
-    for model in ("demo", str(v1_4_repository)):
-        code = (
-            f"{REAL}\n"
-            "import handler\n"
-            "from src.settings import Settings\n"
-            f"worker = handler.build_worker(Settings(model_id={model!r}))\n"
-            "from src.schedulers import SCHEDULERS\n"
-            "from src.api.request import ImageRequest\n"
-            "runner = worker._engine._runner\n"
-            "print('start', *real(), 'torch.distributed.tensor' in sys.modules)\n"
-            "for name in sorted(SCHEDULERS, key='KLMS'.__eq__):\n"
-            "    job_input = {'prompt': 'sea', 'scheduler': name, 'num_inference_steps': 3}\n"
-            "    runner.run([ImageRequest.parse(job_input, runner.limits)], [0], lambda share: None)\n"
-            "    print(name, *real())\n"
-        )
-        start, *others, klms = python(code).splitlines()[-1 - len(SCHEDULERS) :]
-        assert [start, *others] == ["start False", *(name for name in SCHEDULERS if name != "KLMS")]
-        assert klms == "KLMS scipy.optimize scipy.integrate"
+@pytest.mark.parametrize(("model", "run"), [("demo", python), ("v1-4", forks.python)], ids=["demo", "v1-4"])
+def test_start_imports_nothing_deferred_and_only_klms_does_later(
+    v1_4_repository: Path, model: str, run: Callable[[str], str]
+):
+    model_id = model if model == "demo" else str(v1_4_repository)
+    code = (
+        f"{REAL}\n"
+        "import handler\n"
+        "from src.settings import Settings\n"
+        f"worker = handler.build_worker(Settings(model_id={model_id!r}))\n"
+        "from src.schedulers import SCHEDULERS\n"
+        "from src.api.request import ImageRequest\n"
+        "from tests.support.internals import runner_of\n"
+        "runner = runner_of(worker)\n"
+        "print('start', *real(), 'torch.distributed.tensor' in sys.modules)\n"
+        "for name in sorted(SCHEDULERS, key='KLMS'.__eq__):\n"
+        "    job_input = {'prompt': 'sea', 'scheduler': name, 'num_inference_steps': 3}\n"
+        "    runner.run([ImageRequest.parse(job_input, runner.limits)], [0], lambda share: None)\n"
+        "    print(name, *real())\n"
+    )
+    start, *others, klms = run(code).splitlines()[-1 - len(SCHEDULERS) :]
+    assert [start, *others] == ["start False", *(name for name in SCHEDULERS if name != "KLMS")]
+    assert klms == "KLMS scipy.optimize scipy.integrate"
 
 
 USES = {
@@ -65,32 +76,10 @@ USES = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, str]:
-    """What becomes of each of ``USES``, each in a fork of one process that has imported the libraries."""
-    code = (
-        f"{REAL}\n"
-        "import json, os, traceback\n"
-        "from src.startup.import_libraries import import_libraries\n"
-        "import_libraries()\n"
-        "import torch\n"
-        f"for name, use in {USES!r}.items():\n"
-        "    if not os.fork():\n"
-        "        try:\n"
-        "            exec(use, globals())\n"
-        "            outcome = 'imported' if real() else 'not imported'\n"
-        "        except BaseException:\n"
-        "            outcome = traceback.format_exc()\n"
-        "        print(json.dumps([name, outcome]), flush=True)\n"
-        "        os._exit(0)\n"
-        "    os.wait()\n"
-    )
-    return dict(json.loads(line) for line in python(code).splitlines())
-
-
 @pytest.mark.parametrize("use", USES)
-def test_deferred_import_is_complete_when_used(outcomes: dict[str, str], use: str):
-    assert outcomes[use] == "imported"
+def test_deferred_import_is_complete_when_used(use: str):
+    code = f"{REAL}\nimport torch\n{USES[use]}\nprint('imported' if real() else 'not imported')"
+    assert forks.python(code) == "imported\n"
 
 
 def test_earlier_import_is_left_alone():
@@ -103,3 +92,21 @@ def test_earlier_import_is_left_alone():
         "assert scipy.stats is before\n"
     )
     python(code)
+
+
+@pytest.mark.parametrize(
+    ("quota", "threads"), [("150000 100000", "2"), ("50000 100000", "1"), ("max 100000", None), (None, None)]
+)
+def test_pytorch_computes_with_as_many_threads_as_the_container_has_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quota: str | None, threads: str | None
+):
+    monkeypatch.setattr(import_libraries, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if quota:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    import_libraries.set_environment()
+    assert os.environ.get("OMP_NUM_THREADS") == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    import_libraries.set_environment()
+    assert os.environ["OMP_NUM_THREADS"] == "7"

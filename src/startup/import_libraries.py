@@ -8,13 +8,16 @@ Written for torch 2.13, diffusers 0.42, transformers 5.23 and runpod 1.12; it ca
 import gc
 import importlib
 import logging
+import math
 import os
 import sys
 import threading
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, spec_from_loader
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -32,10 +35,22 @@ ENVIRONMENT = {
 """Defaults of the libraries' environment variables, most of which are read at import."""
 
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""What a container may use of its host's cores (cgroup v2): microseconds of CPU time, and of which period."""
+
+
 def set_environment() -> None:
-    """Sets those variables of ``ENVIRONMENT`` that are not set."""
+    """Sets those variables of ``ENVIRONMENT`` that are not set, and how many threads PyTorch computes with on the CPU.
+
+    By itself PyTorch takes as many as the host has cores, which a container with a quota cannot run at once.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # no such file, or "max"
+    with suppress(OSError, ValueError):
+        quota, period = map(int, CPU_QUOTA.read_text().split())
+        cores = min(len(os.sched_getaffinity(0)), math.ceil(quota / period))
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
 def import_libraries(imported: Callable[[str], None] = lambda library: None, *, eager: Collection[str] = ()) -> None:
