@@ -1,4 +1,4 @@
-"""Workers that cannot start, are told to end while they start, or find themselves on a Pod: whole processes."""
+"""Workers that cannot start, that are stopped while they start, or that run on a Pod."""
 
 import os
 import shutil
@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import requests
 
+from handler import NO_PICTURE
+from tests.support import forks
 from tests.support.client import Client, until
 from tests.support.platform_stub import HANDLER, serving
-from tests.support.processes import FAULTY, ROOT, run_handler
+from tests.support.processes import FAULTY, ROOT
 
 pytestmark = pytest.mark.process
 
@@ -24,13 +26,15 @@ pytestmark = pytest.mark.process
     [
         ({"MAX_CONCURRENCY": "none"}, "MAX_CONCURRENCY=none: must be an integer from 1 to 100"),
         ({"MODEL_ID": "/nowhere"}, "MODEL_ID=/nowhere: no such directory"),
+        # the first picture is always the same one
+        ({"ALWAYS_NAN": "1"}, f"MODEL_ID=demo: {NO_PICTURE}"),
     ],
 )
 def test_jobs_are_answered_with_the_start_error_when_no_restart_can_help(
     tmp_path: Path, settings: dict[str, str], why: str
 ):
     with serving() as platform, (tmp_path / "log").open("wb") as log:
-        worker = platform.workers[platform.start_worker(log=log, **settings)].process
+        worker = platform.workers[platform.start_worker(FAULTY, log=log, **settings)].process
         client = Client(platform)
         for _ in "ab":
             done = client.generate()
@@ -44,7 +48,6 @@ def test_jobs_are_answered_with_the_start_error_when_no_restart_can_help(
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"ALWAYS_NAN": "1"}, "JobError: the model produced NaN instead of a picture"),
         ({"ALWAYS_HANG": "1", "STALL_TIMEOUT": "2"}, "JobError: the GPU failed"),
         ({"ALWAYS_CRASH": "1"}, "RuntimeError: no kernel image is available"),
         ({"MODEL_ID": ""}, "StartError: no CUDA device: "),
@@ -73,7 +76,7 @@ def test_process_1_of_a_container_ends_at_once_on_a_signal_during_start(tmp_path
     environment = os.environ | {"ALWAYS_HANG": "1", "MODEL_ID": "demo"}
     command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, *FAULTY[1:], "--check"]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) as unshare:
-        # it hangs from its first picture on
+        # its first picture hangs
         until(lambda: b"weights: " in unshare.stdout.readline(), 60)
         (worker,) = (Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children")).read_text().split()
         os.kill(int(worker), number)
@@ -104,9 +107,9 @@ def test_pod_serves_the_api(tmp_path: Path):
         finally:
             process.terminate()
     assert list(tmp_path.iterdir()) == []
-    assert run_handler(tmp_path, "--check", **pod).returncode == 0
-    ran = run_handler(tmp_path, "--test_input", '{"input": {"prompt": "sea", "num_inference_steps": 1}}', **pod)
+    assert forks.run_handler(tmp_path, "--check", **pod).returncode == 0
+    ran = forks.run_handler(tmp_path, "--test_input", '{"input": {"prompt": "sea", "num_inference_steps": 1}}', **pod)
     assert ran.returncode == 0 and (tmp_path / "picture.png").exists()
-    refused = run_handler(tmp_path, **pod | {"RUNPOD_REALTIME_PORT": "http"})
+    refused = forks.run_handler(tmp_path, **pod | {"RUNPOD_REALTIME_PORT": "http"})
     assert refused.returncode == 1
     assert "the worker cannot start: RUNPOD_REALTIME_PORT=http: must be an integer" in refused.stdout

@@ -1,6 +1,11 @@
 """Access to private attributes of ``src`` and of RunPod's SDK, which tests reach only here and in ``engines``."""
 
+from src.generation.batch_runner import BatchRunner
 from src.worker import Worker
+
+
+def runner_of(worker: Worker) -> BatchRunner:
+    return worker._engine._runner
 
 
 def finish_uploads(worker: Worker) -> None:
