@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from src.settings import Settings
     from src.worker import ProgressReports, Worker
 
+NO_PICTURE = (
+    "its first picture is NaN: its weights are damaged, or do not fit into float16, in which a GPU runs them "
+    "(most often the VAE's: use one that was made for float16)"
+)
+
 
 def build_worker(settings: "Settings", progress_reports: "ProgressReports | None" = None) -> "Worker":
     """Imports the libraries, loads the model and generates a first picture; the log says how long each took.
@@ -34,7 +39,7 @@ def build_worker(settings: "Settings", progress_reports: "ProgressReports | None
         progress_reports: in place of those to the platform.
 
     Raises:
-        StartError: if the model cannot be loaded.
+        StartError: if the model cannot be loaded, or makes no picture.
         JobError, Exception: if it cannot generate.
     """
     from src.model import repository
@@ -50,6 +55,8 @@ def build_worker(settings: "Settings", progress_reports: "ProgressReports | None
     from runpod import RunPodLogger
 
     from src.api import picture
+    from src.errors import JobError, StartError
+    from src.generation.batch_runner import PRODUCED_NAN
     from src.model.loading import memory_in_use
     from src.worker import Worker
 
@@ -59,7 +66,13 @@ def build_worker(settings: "Settings", progress_reports: "ProgressReports | None
     log.info(f"imports: {time.monotonic() - begun:.1f} s")
     engine = build_engine(settings, found=found)
     loaded = time.monotonic()
-    engine.warm_up()
+    try:
+        engine.warm_up()
+    except JobError as error:
+        if str(error) != PRODUCED_NAN:
+            raise
+        with repository.naming(settings):
+            raise StartError(NO_PICTURE) from error
     picture.warm_up()
     log.info(f"warm-up: {time.monotonic() - loaded:.1f} s")
     log.info(f"ready: {memory_in_use()}, {time.monotonic() - begun:.1f} s in all")

@@ -7,6 +7,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
+from src.errors import JobError
 from src.generation.batch_runner import BatchRunner
 from src.schedulers import SCHEDULERS
 from tests.support import engines
@@ -64,3 +65,16 @@ def test_zero_terminal_snr_is_lost_with_three_schedulers_only(
     first_alphas = {name: runner._new_scheduler(name).alphas_cumprod[-1].item() for name in SCHEDULERS}
     lost = {name for name, alpha in first_alphas.items() if alpha > 1e-6}
     assert lost == {"PNDM", "KLMS", "DPMSolverSinglestep"}
+
+
+@pytest.mark.parametrize("own", ["LCMScheduler", "TCDScheduler"])
+def test_more_steps_than_a_distilled_model_can_do_are_invalid(
+    own: str, v1_4_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+):
+    set_scheduler(v1_4_pipe, monkeypatch, own, original_inference_steps=10)
+    engine = engines.around(v1_4_pipe)
+    assert generate(engine, num_inference_steps=10).pictures
+    with pytest.raises(JobError) as refused:
+        generate(engine, num_inference_steps=11)
+    assert str(refused.value) == f"invalid input: num_inference_steps: must be at most 10 with {own}, got 11"
+    assert generate(engine, num_inference_steps=11, scheduler="DDIM").pictures

@@ -58,6 +58,8 @@ class ModelLimits:
     native_size: int
     max_size: int
     scheduler: str
+    max_steps: int = MAX_STEPS
+    """Of the model's own scheduler: LCM and TCD can do no more than they were distilled from."""
 
 
 class Mark(Enum):
@@ -209,6 +211,17 @@ class ImageRequest(BaseModel):
                 {"names": ", ".join(SCHEDULERS), "value": shortened(value)},
             )
         return value
+
+    @model_validator(mode="after")
+    def _steps_of_own_scheduler(self, info: ValidationInfo[ModelLimits]) -> Self:
+        limits = info.context
+        if self.scheduler == limits.scheduler and self.num_inference_steps > limits.max_steps:
+            raise PydanticCustomError(
+                "steps_of_own_scheduler",
+                "num_inference_steps: must be at most {maximum} with {scheduler}, got {steps}",
+                {"maximum": limits.max_steps, "scheduler": limits.scheduler, "steps": self.num_inference_steps},
+            )
+        return self
 
     @model_validator(mode="after")
     def _last_seed(self) -> Self:

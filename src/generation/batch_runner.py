@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from src.api.picture import Picture
-from src.api.request import ImageRequest, Mark, ModelLimits
+from src.api.request import MAX_STEPS, ImageRequest, Mark, ModelLimits
 from src.errors import JobError
 from src.generation.cuda_graphs import GraphedStep
 from src.model.demo.vocabulary import vocabulary_warnings
@@ -42,7 +42,12 @@ class BatchRunner:
         self._own_scheduler = next((name for name, each in SCHEDULERS.items() if each.class_name == kind), kind)
         native_size = pipe.unet.config.sample_size * pipe.vae_scale_factor
         self.model_name = model_name
-        self.limits = ModelLimits(native_size=native_size, max_size=2 * native_size, scheduler=self._own_scheduler)
+        self.limits = ModelLimits(
+            native_size=native_size,
+            max_size=2 * native_size,
+            scheduler=self._own_scheduler,
+            max_steps=pipe.scheduler.config.get("original_inference_steps", MAX_STEPS),
+        )
 
     @torch.inference_mode()
     def run(
