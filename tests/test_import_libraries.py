@@ -1,8 +1,6 @@
 """Deferred imports: a start does without them, and they are complete when used."""
 
 import os
-from pathlib import Path
-
 from collections.abc import Callable
 from pathlib import Path
 
