@@ -1,14 +1,19 @@
 """The worker's loop, against a platform that misbehaves."""
 
 import asyncio
+import gzip
 import json
+import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import aiohttp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from runpod.serverless.modules import rp_http, rp_job, rp_ping
 from runpod.serverless.modules.worker_state import JobsProgress
 
@@ -16,11 +21,14 @@ from src.api.request import ImageRequest
 from src.generation.engine import Engine
 from src.serving.delivery import Outage, Timing
 from src.serving.heartbeat import QuietLog
+from src.serving.taken_jobs import Job as TakenJob
+from src.serving.taken_jobs import _split
 from src.serving.worker_loop import MAX_REMEMBERED, Handler, WorkerLoop
 from src.settings import Settings
 from src.worker import Worker
-from tests.support.client import Client, results, until
+from tests.support.client import Client, receiver, results, until
 from tests.support.platform_stub import ENDPOINT, Fault, Platform, serving
+from tests.support.platform_stub.job import Job, JobRequest
 
 FOREVER = 10**6
 SHORT = Timing(first_pause=0.01, max_pause=0.1)
@@ -58,6 +66,23 @@ def work(handle: Handler, clients: Callable[[], Any], concurrency: int = 8, timi
     return asyncio.run(run())
 
 
+def described(fault: Fault) -> str:
+    what = "drop" if fault.drop else "lost" if fault.lost else fault.status or fault.text or fault.raw
+    return f"{fault.path} {fault.times} {what!s:.40}"
+
+
+UNREADABLE = [
+    "SSH-2.0-OpenSSH_9.2\r\n\r\n",
+    "HTTP/1.1\r\n\r\n",
+    "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nnone\r\n",
+    f"HTTP/1.1 200 OK\r\nX-Long: {'x' * 100_000}\r\n\r\n",
+    "HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n",
+    "<html><body>Bad Gateway</body></html>",
+    "\x15\x03\x01\x00\x02\x02\x46",
+]
+"""Answers of a proxy that are no HTTP; the last is TLS's alert."""
+
+
 def send_stop(stub: Platform, job: str) -> None:
     """Returns when the worker has read the stop signal for ``job``: it has asked for the one after it."""
     for job_id in (job, "unknown"):
@@ -75,8 +100,10 @@ def send_stop(stub: Platform, job: str) -> None:
         Fault("job-done", times=4, status=408),
         Fault("job-done", times=6, status=500),
         Fault("job-done", times=2, delay=FOREVER),
+        *(Fault("job-done", times=6, status=status, location="/v2/local/health") for status in (301, 302, 304, 307)),
+        *(Fault("job-done", times=6, raw=raw) for raw in UNREADABLE),
     ],
-    ids=lambda fault: f"{fault.times}-{'drop' if fault.drop else 'lost' if fault.lost else fault.status}",
+    ids=described,
 )
 def test_a_result_is_sent_until_it_has_arrived(stub: Platform, fault: Fault):
     stub.faults.append(fault)
@@ -191,8 +218,9 @@ def test_burst_of_alike_jobs_shares_batches(stub: Platform, demo_engine: Engine,
     assert len(batches) <= 3
 
 
-def test_empty_answers_that_come_at_once_are_not_asked_for_in_a_busy_loop(stub: Platform):
-    faults = [Fault(route, times=FOREVER, status=204) for route in ("job-take", "job-stop")]
+@pytest.mark.parametrize("stop_answer", [{"status": 204}, {"text": '{"jobsToStop": ["known"]}'}])
+def test_answers_without_news_that_come_at_once_make_no_busy_loop(stub: Platform, stop_answer: dict[str, Any]):
+    faults = [Fault("job-take", times=FOREVER, status=204), Fault("job-stop", times=FOREVER, **stop_answer)]
     stub.faults += faults
 
     def clients() -> None:
@@ -249,7 +277,7 @@ def test_stop_signal_for_a_job_that_has_ended_does_not_stop_its_next_delivery(st
 def test_stop_signals_for_unknown_jobs_take_bounded_memory():
     async def stop() -> None:
         loop = WorkerLoop({"handler": echo, "concurrency_modifier": lambda _: 1})
-        loop._stop_jobs({"jobsToStop": [f"{i}" for i in range(3 * MAX_REMEMBERED)]})
+        await loop._stop_jobs(json.dumps({"jobsToStop": [f"{i}" for i in range(3 * MAX_REMEMBERED)]}).encode())
         assert len(loop._stopped_early) == MAX_REMEMBERED
 
     asyncio.run(stop())
@@ -265,9 +293,9 @@ def test_job_stopped_before_its_first_step_is_not_handled_and_no_longer_counted(
     async def stop() -> None:
         loop = WorkerLoop({"handler": remember, "concurrency_modifier": lambda _: 1})
         async with aiohttp.ClientSession() as session:
-            loop._begin(session, {"id": "job-1", "input": {}})
+            loop._begin(session, TakenJob("job-1", {"id": "job-1", "input": {}}))
             assert JobsProgress().get_job_list() == "job-1"
-            assert loop._stop_jobs({"jobsToStop": ["job-1", "job-1"]}) == ["job-1"]
+            assert await loop._stop_jobs(b'{"jobsToStop": ["job-1", "job-1"]}') == ["job-1"]
             await asyncio.wait(loop._jobs)
         assert JobsProgress().get_job_count() == len(loop._jobs) == 0
 
@@ -320,13 +348,16 @@ def test_poll_without_news_is_no_outage(stub: Platform, capsys: pytest.CaptureFi
         Fault("job-take", times=3, status=500),
         Fault("job-take", times=3, status=429),
         Fault("job-take", times=3, status=400),
+        Fault("job-take", times=3, status=302, location="/v2/local/health"),
+        Fault("job-take", times=3, raw="HTTP/1.1\r\n\r\n"),
+        Fault("job-take", times=3, text="[" * 10_000 + "]" * 10_000),
         *(Fault("job-take", times=3, text=text) for text in ("", "<html>", "null", "7", '"id"', "{}", "[[]]", "\0")),
         Fault("job-take", times=3, text='{"id": 5, "input": {}}'),
         Fault("job-stop", times=2, drop=True),
         Fault("job-stop", times=2, status=500),
         *(Fault("job-stop", times=2, text=text) for text in ("", "[1]", '{"jobsToStop": 3}', '{"jobsToStop": [{}]}')),
     ],
-    ids=lambda fault: f"{fault.path}-{'drop' if fault.drop else fault.status if fault.text is None else fault.text}",
+    ids=described,
 )
 def test_a_platform_in_trouble_costs_a_line_and_no_job(stub: Platform, fault: Fault, capsys: pytest.CaptureFixture):
     def clients() -> None:
@@ -368,6 +399,94 @@ def test_a_bad_job_costs_its_batch_nothing(stub: Platform, capsys: pytest.Captur
     stub.poll_seconds = 0.2
     work(echo, clients)
     assert "7 of 9 jobs dropped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("raw_json", "fault"),
+    [
+        ("[" * 1500 + "]" * 1500, "nested too deeply"),
+        ('[{"a":' * 100_000 + '"]"' + "}]" * 100_000, "nested too deeply"),
+        (f'{{"prompt": "the sea", "seed": {"9" * 5000}}}', "a number has too many digits"),
+        ('{"prompt": "\udcff"}', "not valid UTF-8"),
+    ],
+    ids=["nested", "nested 200,000 deep", "digits", "UTF-8"],
+)
+def test_input_that_cannot_be_read_costs_its_batch_nothing(stub: Platform, raw_json: str, fault: str):
+    def clients() -> None:
+        client = Client(stub)
+        stub.throttled.add("worker-1")
+        before, bad, after = client.run("before"), client.post("run", {"input": {"raw_json": raw_json}}), client.run()
+        stub.throttled.clear()
+        assert client.finished(bad["id"])["error"] == f"invalid input: {fault}"
+        assert client.finished(before)["output"]["seen"]["prompt"] == "before"
+        assert client.finished(after)["status"] == "COMPLETED"
+        # alone, it comes as an answer of its own
+        alone = client.post("run", {"input": {"raw_json": raw_json}})
+        assert client.finished(alone["id"])["error"] == f"invalid input: {fault}"
+
+    stub.poll_seconds = 0.2
+    work(echo, clients)
+    assert stub.handed_out[0] == 3
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda children: st.lists(children) | st.dictionaries(st.text(), children),
+    max_leaves=10,
+)
+
+
+@given(st.lists(json_values, min_size=1), st.booleans(), st.sampled_from([None, 1, "\t"]))
+def test_array_is_cut_into_its_elements(values: list[Any], ascii_only: bool, indent: int | str | None):
+    text = json.dumps(values, ensure_ascii=ascii_only, indent=indent)
+    assert [json.loads(part) for part in _split(text)] == values
+
+
+@given(st.dictionaries(st.text(), json_values, min_size=1), st.booleans())
+def test_object_is_cut_into_its_members(values: dict[str, Any], ascii_only: bool):
+    parts = _split(json.dumps(values, ensure_ascii=ascii_only))
+    assert [json.loads(f"{{{part}}}") for part in parts] == [{key: value} for key, value in values.items()]
+
+
+@given(st.text(alphabet='[]{},:"\\1 ae', max_size=30))
+def test_text_that_is_no_json_is_refused_at_most(text: str):
+    with suppress(ValueError):
+        _split(text)
+
+
+def test_redirected_poll_or_result_reaches_no_other_host(stub: Platform):
+    with receiver(200, 200, 200) as (url, received):
+        stub.faults += [Fault(route, status=307, location=url) for route in ("job-done", "job-take", "job-stop")]
+        work(echo, lambda: Client(stub).generate())
+    assert received == []
+    assert stub.faults == []
+
+
+@pytest.mark.parametrize("job_id", ["a b/c?d#e&f", "\nid\r\x7f", "ключ", "100%25", "a\\b"])
+def test_odd_id_is_answered(stub: Platform, job_id: str):
+    def clients() -> None:
+        client = Client(stub)
+        job = Job.new(JobRequest(input={}), sync=False)
+        job.id = job_id
+        stub.loop.call_soon_threadsafe(stub.add, job)
+        until(lambda: job.status == "COMPLETED")
+        assert client.generate()["status"] == "COMPLETED"
+
+    work(echo, clients)
+
+
+def test_answer_that_is_too_long_or_a_gzip_bomb_is_malformed(stub: Platform, capsys: pytest.CaptureFixture):
+    bomb = gzip.compress(bytes(500 * 2**20))
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {len(bomb)}\r\n\r\n"
+    stub.faults.append(Fault("job-take", raw=head + bomb.decode("latin-1")))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def clients() -> None:
+        assert Client(stub).generate()["status"] == "COMPLETED"
+
+    work(echo, clients)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+    assert "cannot take jobs, trying again: " in capsys.readouterr().out
 
 
 def test_an_outage_is_logged_when_it_begins_once_a_minute_and_when_it_is_over(

@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import runpod
@@ -46,6 +47,18 @@ class Timing:
     """The shortest time between two of these if the first brought nothing."""
     early_stop: float = 60.0
     """For how long a stop signal that came before its job is remembered."""
+
+
+class Refusal(Exception):
+    """An answer of the platform's, that a request failed.
+
+    A status is the platform's only here: aiohttp raises its own errors, an answer that is not HTTP for one, with the
+    status of an answer.
+    """
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        super().__init__(f"the platform answered {response.status}, {response.reason}")
+        self.status = response.status
 
 
 class Outage:
@@ -94,7 +107,7 @@ async def deliver(
     while True:
         try:
             await post(session, job_id, body, timing.result_timeout)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except Exception as error:
             if not _is_transient(error) or time.monotonic() > give_up:
                 log.error(f"the result is lost: {_reason(error)}", job_id)
                 return
@@ -114,22 +127,24 @@ async def post(session: aiohttp.ClientSession, job_id: str, body: bytes, timeout
     """Sends a job's result or progress, within ``timeout`` seconds.
 
     Raises:
-        aiohttp.ClientError, TimeoutError, OSError: unless the platform takes it.
+        Refusal, aiohttp.ClientError, TimeoutError, OSError: unless the platform takes it.
     """
-    url = rp_http.JOB_DONE_URL.replace("$ID", job_id) + "&isStream=false"
-    headers = {"Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8", "X-Request-ID": job_id}
+    quoted_id = quote(job_id, safe="")
+    url = rp_http.JOB_DONE_URL.replace("$ID", quoted_id) + "&isStream=false"
+    headers = {"Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8", "X-Request-ID": quoted_id}
     limits = aiohttp.ClientTimeout(timeout, sock_connect=CONNECT_TIMEOUT, sock_read=SILENCE_TIMEOUT)
-    async with session.post(url, data=body, headers=headers, timeout=limits, raise_for_status=True):
-        pass
+    async with session.post(url, data=body, headers=headers, timeout=limits, allow_redirects=False) as response:
+        if not 200 <= response.status < 300:
+            raise Refusal(response)
 
 
 def _is_transient(error: Exception) -> bool:
     """Whether the same request may succeed later."""
-    return not isinstance(error, aiohttp.ClientResponseError) or error.status in (408, 425, 429) or error.status >= 500
+    return not isinstance(error, Refusal) or error.status in (408, 425, 429) or not 400 <= error.status < 500
 
 
 def _reason(error: Exception) -> str:
-    # the exception's own text holds the URL, and with it the platform's parameters
     if isinstance(error, aiohttp.ClientResponseError):
-        return f"the platform answered {error.status}, {error.message}"
+        # the whole text holds the URL, and with it the platform's parameters
+        return f"unreadable answer: {error.message.strip()}".splitlines()[0]
     return str(error) or type(error).__name__

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-import aiohttp
 import runpod
 from runpod.http_client import AsyncClientSession
 
@@ -53,5 +52,5 @@ async def _send_reports(job_id: str, report: Callable[[], dict[str, Any]], finis
                 body = json.dumps({"status": "IN_PROGRESS", "output": report()}).encode()
             try:
                 await post(session, job_id, body, TIMEOUT)
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            except Exception as error:
                 log.debug(f"a progress report was lost: {type(error).__name__}", job_id)

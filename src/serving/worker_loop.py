@@ -14,6 +14,7 @@ answer that holds a bad one, stops jobs that have not started yet, and loses no 
 """
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -31,8 +32,11 @@ from runpod.serverless.modules.rp_logger import _set_batch_id
 from runpod.serverless.modules.worker_state import JobsProgress
 
 from src.serving import heartbeat
-from src.serving.delivery import CONNECT_TIMEOUT, Outage, Timing, deliver
+from src.serving.delivery import CONNECT_TIMEOUT, Outage, Refusal, Timing, deliver
+from src.serving.taken_jobs import Job, read_jobs
 
+MAX_ANSWER_BYTES = 64 * 2**20
+"""Of an answer that the worker reads. RunPod's limit for one job's request is 20 MB."""
 MAX_REMEMBERED = 1000
 """Ids of jobs that have ended, and of jobs that were stopped before they came."""
 
@@ -104,7 +108,7 @@ class WorkerLoop:
             while (free := self._max_concurrency - len(self._jobs)) <= 0:
                 self._job_ended.clear()
                 await self._job_ended.wait()
-            for job in await self._poll(session, rp_job._job_get_url(free), _find_jobs, outage):
+            for job in await self._poll(session, rp_job._job_get_url(free), read_jobs, outage):
                 self._begin(session, job)
 
     async def _listen_for_stops(self, session: aiohttp.ClientSession) -> None:
@@ -113,7 +117,7 @@ class WorkerLoop:
             await self._poll(session, rp_job._job_stop_url(), self._stop_jobs, outage)
 
     async def _poll(
-        self, session: aiohttp.ClientSession, url: str, read: Callable[[Any], list[Any]], outage: Outage
+        self, session: aiohttp.ClientSession, url: str, read: Callable[[bytes], Awaitable[list[Any]]], outage: Outage
     ) -> list[Any]:
         """Sends a request that the platform answers when there is news; returns what ``read`` finds in the answer.
 
@@ -122,11 +126,12 @@ class WorkerLoop:
         asked, found = time.monotonic(), list[Any]()
         try:
             limits = aiohttp.ClientTimeout(self._timing.poll_timeout, sock_connect=CONNECT_TIMEOUT)
-            async with session.get(url, timeout=limits) as response:
+            async with session.get(url, timeout=limits, allow_redirects=False) as response:
                 # 400 comes with FlashBoot, says the SDK
-                if response.status not in (204, 400):
-                    response.raise_for_status()
-                    found = read(await response.json())
+                if response.status not in (200, 204, 400):
+                    raise Refusal(response)
+                if response.status == 200 and (body := await _read(response)):
+                    found = await read(body)
         except Exception as error:
             # aiohttp's time-outs are subclasses, except that of the whole request: there was no news
             if type(error) is not TimeoutError:
@@ -137,23 +142,27 @@ class WorkerLoop:
             await asyncio.sleep(asked + self._timing.poll_interval - time.monotonic())
         return found
 
-    def _begin(self, session: aiohttp.ClientSession, job: dict[str, Any]) -> None:
-        if job["id"] in self._stopped_early:
-            self._stopped_early.remove(job["id"])
-            log.info("Job stopped.", job["id"])
+    def _begin(self, session: aiohttp.ClientSession, job: Job) -> None:
+        if job.id in self._stopped_early:
+            self._stopped_early.remove(job.id)
+            log.info("Job stopped.", job.id)
             return
         task = asyncio.create_task(self._work(session, job))
-        self._jobs[task] = job["id"]
-        JobsProgress().add(job["id"])
+        self._jobs[task] = job.id
+        JobsProgress().add(job.id)
         # a task that is cancelled before its first step runs no code of its own
         task.add_done_callback(self._end)
 
-    async def _work(self, session: aiohttp.ClientSession, job: dict[str, Any]) -> None:
-        _set_batch_id(job.get("batchId"))
-        result = await rp_job.run_job(self._handler, job)
+    async def _work(self, session: aiohttp.ClientSession, job: Job) -> None:
+        _set_batch_id(job.fields.get("batchId"))
+        if job.fault:
+            result = {"error": f"invalid input: {job.fault}"}
+            log.warn("failed: invalid input", job.id)
+        else:
+            result = await rp_job.run_job(self._handler, job.fields)
         if result.get("stopPod"):
             self._shut_down(1)
-        await deliver(session, job["id"], result, self._shutting_down, self._timing)
+        await deliver(session, job.id, result, self._shutting_down, self._timing)
 
     def _end(self, task: asyncio.Task[None]) -> None:
         job_id = self._jobs.pop(task)
@@ -166,9 +175,10 @@ class WorkerLoop:
         elif error := task.exception():
             log.error("".join(traceback.format_exception(error)), job_id)
 
-    def _stop_jobs(self, answer: Any) -> list[str]:
+    async def _stop_jobs(self, answer: bytes) -> list[str]:
         """Stops the jobs that ``answer`` names, and returns those of which that is news."""
-        return [job_id for job_id in answer.get("jobsToStop", []) if isinstance(job_id, str) and self._stop(job_id)]
+        named = json.loads(answer).get("jobsToStop", [])
+        return [job_id for job_id in named if isinstance(job_id, str) and self._stop(job_id)]
 
     def _stop(self, job_id: str) -> bool:
         # a second cancellation would interrupt what the first one has begun
@@ -184,16 +194,15 @@ class WorkerLoop:
         return True
 
 
-def _find_jobs(answer: Any) -> list[dict[str, Any]]:
-    """Returns the jobs of an answer, which is one job, or several in a list.
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    """Returns the body of an answer.
 
     Raises:
-        ValueError: if it holds something, but no job.
+        ValueError: if it is longer than MAX_ANSWER_BYTES, decompressed.
     """
-    offered = answer if isinstance(answer, list) else [] if answer is None else [answer]
-    jobs = [job for job in offered if isinstance(job, dict) and isinstance(job.get("id"), str) and job["id"]]
-    if offered and not jobs:
-        raise ValueError("the answer holds no job")
-    if len(jobs) < len(offered):
-        log.warn(f"{len(offered) - len(jobs)} of {len(offered)} jobs dropped: malformed, or without an id")
-    return jobs
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > MAX_ANSWER_BYTES:
+            raise ValueError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+    return bytes(body)

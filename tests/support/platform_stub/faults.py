@@ -26,6 +26,10 @@ class Fault:
     """Does what was asked, then closes the connection without an answer."""
     text: str | None = None
     """Answers with this, said to be JSON, instead of doing what was asked."""
+    raw: str | None = None
+    """Sends this in place of an HTTP answer, and closes the connection, without doing what was asked."""
+    location: str | None = None
+    """Sent with ``status``: where a redirect leads."""
     twice: bool = False
     """Hands out the next job that is taken once more."""
     delay: float = 0.0
@@ -74,16 +78,21 @@ class Faults(list[Fault]):
     @web.middleware
     async def misbehave(self, request: web.Request, handler: RouteHandler) -> web.StreamResponse:
         fault = await self.for_request(request)
-        if fault and (fault.drop or fault.lost):
+        if fault and (fault.drop or fault.lost or fault.raw is not None):
             if fault.lost:
                 await handler(request)
             if request.transport:
-                request.transport.abort()
+                if fault.raw is not None:
+                    request.transport.write(fault.raw.encode("latin-1"))
+                    request.transport.close()
+                else:
+                    request.transport.abort()
             raise asyncio.CancelledError
         if fault and fault.text is not None:
             return web.Response(text=fault.text, content_type="application/json")
         if fault and fault.status:
-            return web.json_response({"error": "on demand"}, status=fault.status)
+            headers = {"Location": fault.location} if fault.location else None
+            return web.json_response({"error": "on demand"}, status=fault.status, headers=headers)
         if fault and fault.delay:
             await asyncio.sleep(fault.delay)
         return await handler(request)

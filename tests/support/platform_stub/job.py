@@ -1,5 +1,6 @@
 """A job as clients ask for it, and as the platform keeps it."""
 
+import json
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -60,6 +61,16 @@ class Job:
     def sync(self) -> bool:
         """Whether it came through ``/runsync``."""
         return self.id.startswith("sync-")
+
+    def for_worker(self) -> bytes:
+        """Returns what a worker that takes it gets. An input of ``{"raw_json": text}`` is ``text``, JSON or not.
+
+        In that, lone surrogates are bytes that are not UTF-8.
+        """
+        match self.request.input:
+            case {"raw_json": str(text)}:
+                return f'{{"id": {json.dumps(self.id)}, "input": {text}}}'.encode("utf-8", "surrogateescape")
+        return json.dumps({"id": self.id, "input": self.request.input}).encode()
 
     def public(self) -> dict[str, Any]:
         """What ``/status`` answers."""

@@ -2,7 +2,6 @@
 
 import json
 import time
-from typing import Any
 
 from aiohttp import web
 
@@ -28,11 +27,11 @@ class WorkerRoutes:
 
     async def take(self, request: web.Request) -> web.Response:
         jobs = await self._take(request, 1)
-        return web.json_response(jobs[0]) if jobs else web.Response(status=204)
+        return _json(jobs[0]) if jobs else web.Response(status=204)
 
     async def take_batch(self, request: web.Request) -> web.Response:
         jobs = await self._take(request, int(request.query["batch_size"]))
-        return web.json_response(jobs) if jobs else web.Response(status=204)
+        return _json(b"[" + b",".join(jobs) + b"]") if jobs else web.Response(status=204)
 
     async def stop(self, request: web.Request) -> web.Response:
         stops = self.platform.stops.setdefault(request.match_info["worker"], [])
@@ -64,7 +63,7 @@ class WorkerRoutes:
             worker.pings.append(dict(request.query))
         return web.json_response({})
 
-    async def _take(self, request: web.Request, most: int) -> list[dict[str, Any]]:
+    async def _take(self, request: web.Request, most: int) -> list[bytes]:
         worker, platform = request.match_info["worker"], self.platform
         await platform.until(lambda: bool(platform.queue) and worker not in platform.throttled, platform.poll_seconds)
         if worker in platform.throttled:
@@ -78,4 +77,8 @@ class WorkerRoutes:
         if jobs and (fault := next((fault for fault in platform.faults if fault.twice), None)):
             platform.faults.use_up(fault)
             platform.queue[:0] = jobs
-        return [{"id": job.id, "input": job.request.input} for job in jobs]
+        return [job.for_worker() for job in jobs]
+
+
+def _json(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/json")

@@ -1,0 +1,135 @@
+"""The jobs that the platform's answer to job-take holds.
+
+One client's input must not cost another client a job. ``json.loads`` reads all of an answer or nothing, and so do
+pydantic_core, orjson and msgspec: it fails where one input is nested more deeply than Python's stack, has an integer of
+more than 4,300 digits, or is not valid UTF-8. Such an answer is cut into its jobs, and each is read alone.
+"""
+
+import asyncio
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import runpod
+
+log = runpod.RunPodLogger()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the platform sent it, or what is wrong with a part of it that cannot be read."""
+
+    id: str
+    fields: dict[str, Any]
+    fault: str | None = None
+
+
+class _Unreadable(Exception):
+    """Says what is wrong with JSON that may be well-formed."""
+
+
+async def read_jobs(body: bytes) -> list[Job]:
+    """Returns the jobs of an answer, which is one job, or several in a list; ``null`` holds none.
+
+    Raises:
+        ValueError: if it holds something, but no job.
+    """
+    try:
+        answer = json.loads(body)
+    except json.JSONDecodeError:
+        raise
+    except (RecursionError, ValueError):
+        # in a thread, since hostile input can take seconds
+        jobs = await asyncio.to_thread(_read_alone, body)
+    else:
+        jobs = [_job(each) for each in (answer if isinstance(answer, list) else [answer]) if answer is not None]
+    found = [job for job in jobs if job]
+    if jobs and not found:
+        raise ValueError("the answer holds no job")
+    if len(found) < len(jobs):
+        log.warn(f"{len(jobs) - len(found)} of {len(jobs)} jobs dropped: malformed, or without an id")
+    return found
+
+
+def _read_alone(body: bytes) -> list[Job | None]:
+    # bytes that are not UTF-8 become surrogates, which cannot be encoded
+    text = body.decode("utf-8", "surrogateescape").strip()
+    return [_read_job(part) for part in (_split(text) if text.startswith("[") else [text])]
+
+
+def _read_job(text: str) -> Job | None:
+    try:
+        return _job(_load(text))
+    except _Unreadable:
+        pass
+    except ValueError:
+        return None
+    fields, fault = dict[str, Any](), None
+    for member in _split(text):
+        try:
+            fields |= _load(f"{{{member}}}")
+        except _Unreadable as unreadable:
+            fault = str(unreadable)
+        except ValueError:
+            return None
+    return _job(fields, fault)
+
+
+def _job(fields: Any, fault: str | None = None) -> Job | None:
+    job_id = fields.get("id") if isinstance(fields, dict) else None
+    if not (isinstance(job_id, str) and job_id):
+        return None
+    try:
+        job_id.encode()
+    except UnicodeEncodeError:
+        # a result could not be sent under it
+        return None
+    return Job(job_id, fields, fault)
+
+
+def _load(text: str) -> Any:
+    """Parses JSON.
+
+    Raises:
+        _Unreadable: if it is out of this process's bounds, or was not valid UTF-8.
+        ValueError: if it is not JSON.
+    """
+    try:
+        text.encode()
+        return json.loads(text)
+    except RecursionError:
+        raise _Unreadable("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise _Unreadable("not valid UTF-8") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        raise _Unreadable("a number has too many digits") from None
+
+
+_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[{]+|[\]}]+|[,"]', re.DOTALL)
+"""What structures JSON: strings as a whole, runs of brackets, commas, and quotes that begin no string."""
+
+
+def _split(text: str) -> list[str]:
+    """Cuts the text of a JSON array or object, which is not empty, into its elements or members.
+
+    Raises:
+        ValueError: if brackets or quotes do not match.
+    """
+    parts, begin, depth = list[str](), 1, 0
+    for token in _TOKEN.finditer(text, begin):
+        kind = token[0][0]
+        if kind in "[{":
+            depth += len(token[0])
+        elif kind in "]}":
+            depth -= len(token[0])
+        elif kind == "," and not depth:
+            parts.append(text[begin : token.start()])
+            begin = token.end()
+        elif token[0] == '"':
+            raise ValueError("a string does not end")
+    if depth != -1:
+        raise ValueError("brackets do not match")
+    return [*parts, text[begin:-1]]
