@@ -1,4 +1,4 @@
-"""What a start does, in what order, and what it says."""
+"""The steps of a start, their order and their log."""
 
 import ctypes
 import json
@@ -18,11 +18,12 @@ from src.model import repository
 from src.serving.command_line import parse_arguments
 from src.settings import Settings
 from src.startup import prefetch
+from tests.support import forks, internals
 from tests.support.processes import ROOT, python, run_handler
 
 
 @pytest.mark.process
-def test_a_start_can_be_tried_without_a_job_and_says_what_it_took(v1_4_repository: Path, tmp_path: Path):
+def test_check_starts_the_worker_and_logs_the_time_of_each_part(v1_4_repository: Path, tmp_path: Path):
     ran = run_handler(tmp_path, "--check", MODEL_ID=str(v1_4_repository), MAX_CONCURRENCY="1")
     assert ran.returncode == 0
     assert re.fullmatch(
@@ -39,12 +40,12 @@ def test_a_start_can_be_tried_without_a_job_and_says_what_it_took(v1_4_repositor
 
 
 @pytest.mark.process
-def test_a_check_fails_where_a_start_would(tmp_path: Path):
-    assert run_handler(tmp_path, "--check", MODEL_ID=str(tmp_path)).returncode == 1
+def test_check_fails_where_a_start_would(tmp_path: Path):
+    assert forks.run_handler(tmp_path, "--check", MODEL_ID=str(tmp_path)).returncode == 1
 
 
 @pytest.mark.process
-def test_help_and_mistakes_are_answered_before_anything_is_imported():
+def test_help_and_invalid_arguments_are_answered_before_any_import():
     for argument, code in (("--help", 0), ("--chek", 2)):
         ended = (
             "import sys; own = set(sys.modules)\n"
@@ -58,9 +59,9 @@ def test_help_and_mistakes_are_answered_before_anything_is_imported():
         assert set(imported) - set(sys.stdlib_module_names) == {"handler", "src"}
 
 
-def test_every_argument_of_the_sdk_is_taken(monkeypatch: pytest.MonkeyPatch):
+def test_every_argument_of_the_sdk_is_accepted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RUNPOD_LOG_LEVEL")
-    options = [action.option_strings[0] for action in runpod.serverless.parser._actions]
+    options = internals.options_of_the_sdk()
     assert len(options) == 8 and "--rp_serve_api" in options
     values = {
         "--rp_api_host": ["0.0.0.0"],
@@ -80,7 +81,7 @@ def test_every_argument_of_the_sdk_is_taken(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.process
-def test_nothing_heavy_is_imported_before_the_disk_is_at_work():
+def test_nothing_heavy_is_imported_before_the_read_ahead():
     heavy = {"torch", "diffusers", "transformers", "runpod"}
     imported = set(python("import handler, sys; print(*sys.modules)").split())
     assert not heavy & imported
@@ -104,13 +105,13 @@ def test_unusable_model_is_refused_before_the_imports(tmp_path: Path):
 
 
 @pytest.mark.process
-def test_files_that_are_read_ahead_are_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_read_ahead_brings_files_into_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def share_cached(path: Path) -> float:
         with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
             pages = (ctypes.c_ubyte * (len(mapped) // mmap.PAGESIZE))()
             start = ctypes.c_char.from_buffer(mapped)
             assert ctypes.CDLL(None).mincore(ctypes.byref(start), ctypes.c_size_t(len(mapped)), pages) == 0
-            # a mapping that is still referred to cannot be closed
+            # a mapping with a reference to it cannot be closed
             del start
             return sum(page & 1 for page in pages) / len(pages)
 
@@ -122,21 +123,21 @@ def test_files_that_are_read_ahead_are_in_the_page_cache(tmp_path: Path, monkeyp
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if share_cached(path):
-            pytest.skip("this file system keeps what it is told to forget")
+            pytest.skip("this file system keeps files in the page cache")
         return path
 
     weights, module, missing = uncached("weights"), uncached("a module.py"), tmp_path / "missing"
     start_files = tmp_path / "start_files.txt"
     monkeypatch.setattr(prefetch, "START_FILES", start_files)
-    prefetch._read_ahead([weights, missing])
+    internals.read_ahead([weights, missing])
     assert (share_cached(weights), share_cached(module)) == (1, 0)
     start_files.write_text(f"{missing}\n{module}\n")
-    prefetch._read_ahead([])
+    internals.read_ahead([])
     assert share_cached(module) == 1
 
 
 @pytest.mark.process
-def test_what_a_start_opens_is_recorded(tmp_path: Path):
+def test_files_opened_by_a_start_are_recorded(tmp_path: Path):
     output = tmp_path / "start files.txt"
     subprocess.run([sys.executable, "-m", "builder.record_start", "--output", output], cwd=ROOT, check=True)
     files = [Path(line) for line in output.read_text().splitlines()]
@@ -145,28 +146,26 @@ def test_what_a_start_opens_is_recorded(tmp_path: Path):
 
 
 @pytest.mark.process
-def test_boto3_is_imported_at_start_and_for_a_bucket_only():
-    def imported(**settings: str) -> str:
-        return python(
-            "import sys, threading; from src import worker\n"
-            "from src.startup import prefetch; from src.settings import Settings\n"
-            f"prefetch.begin(Settings.from_environment({settings}), None)\n"
-            "for thread in threading.enumerate()[1:]: thread.join()\n"
-            "print('boto3' in sys.modules)"
-        )
-
-    bucket = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY", "BUCKET_NAME")
-    assert imported() == "False\n"
-    assert imported(**dict.fromkeys(bucket, "https://storage.example.com")) == "True\n"
-
-
-def test_what_loads_the_kernels_computes():
-    prefetch._compute_something_small("cpu")
+def test_boto3_is_imported_in_the_background_only_for_a_bucket():
+    names = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY", "BUCKET_NAME")
+    bucket = dict.fromkeys(names, "https://storage.example.com")
+    code = (
+        "import sys, threading; from src import worker\n"
+        "from src.startup import prefetch; from src.settings import Settings\n"
+        f"for environment in ({{}}, {bucket}):\n"
+        "    prefetch.begin(Settings.from_environment(environment), None)\n"
+        "    for thread in threading.enumerate()[1:]: thread.join()\n"
+        "    print('boto3' in sys.modules)"
+    )
+    assert python(code) == "False\nTrue\n"
 
 
-def test_kernels_are_loaded_onto_a_cuda_device_only(monkeypatch: pytest.MonkeyPatch):
-    computed: list[str] = []
-    monkeypatch.setattr(prefetch, "_compute_something_small", computed.append)
+def test_kernels_are_loaded_by_computing_something():
+    internals.compute_something_small("cpu")
+
+
+def test_kernels_are_loaded_only_onto_a_cuda_device(monkeypatch: pytest.MonkeyPatch):
+    computed = internals.record_kernel_loading(monkeypatch)
     for available, expected in ((False, []), (True, ["cuda"])):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         prefetch.load_kernels()
