@@ -12,8 +12,7 @@ from PIL import Image
 from src.generation.engine import Engine
 from src.settings import Settings
 from src.worker import KEPT_ANSWERS, Worker
-from tests.support import engines
-from tests.support.processes import python
+from tests.support import engines, forks
 
 
 def run(engine: Engine, job: dict[str, Any], settings: Settings | None = None) -> dict[str, Any]:
@@ -110,7 +109,7 @@ def test_job_delivered_again_gets_the_same_answer_unless_it_failed(v1_4_engine: 
     async def deliver() -> None:
         assert "error" in await answer("failed", width=99)
         assert "image" in await answer("failed")
-        # drawn at random, the seeds differ when a job is handled again
+        # seeds are drawn at random, so they differ if a job is handled again
         first = await answer("job-0")
         assert await answer("job-0") == first
         for i in range(1, KEPT_ANSWERS + 1):
@@ -149,6 +148,6 @@ worker = handler.build_worker(Settings(model_id="demo"))
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 asyncio.run(main())
 """
-    lines = [line for line in python(code).splitlines() if "|" not in line]
+    lines = [line for line in forks.python(code).splitlines() if "|" not in line]
     refused = "this worker has no file descriptor left: send the job again"
     assert lines[:3] == ["True"] * 3 and lines[-2:] == [refused, "True"]
