@@ -161,7 +161,7 @@ def test_scheduler_options_are_those_diffusers_recommends(
     model: str, name: str, expected: dict[str, Any], request: pytest.FixtureRequest
 ):
     pipe: StableDiffusionPipeline = request.getfixturevalue(model)
-    scheduler = engines.new_scheduler(pipe, name)
+    scheduler = engines.new_scheduler(engines.around(pipe), name)
     assert type(scheduler).__name__ == SCHEDULERS[name].class_name
     trained = {
         "num_train_timesteps": 1000,
@@ -178,8 +178,9 @@ def test_schedulers_keep_the_models_timestep_spacing(
 ):
     trailing = diffusers.DDIMScheduler.from_config(v1_4_pipe.scheduler.config, timestep_spacing="trailing")
     monkeypatch.setattr(v1_4_pipe, "scheduler", trailing)
+    engine = engines.around(v1_4_pipe)
     for name in set(SCHEDULERS) - {"DPMSolverSinglestep"}:
-        assert engines.new_scheduler(v1_4_pipe, name).config.timestep_spacing == "trailing"
+        assert engines.new_scheduler(engine, name).config.timestep_spacing == "trailing"
 
 
 def test_scheduler_leaves_no_state_for_later_requests(v1_4_engine: Engine):

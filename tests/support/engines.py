@@ -4,7 +4,7 @@ import asyncio
 import threading
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
+from diffusers import SchedulerMixin, StableDiffusionPipeline
 
 import handler
 from src.api.request import ImageRequest
@@ -32,9 +32,9 @@ def pipe_of(engine: Engine) -> StableDiffusionPipeline:
     return runner_of(engine)._pipe
 
 
-def new_scheduler(pipe: StableDiffusionPipeline, name: str) -> Any:
+def new_scheduler(engine: Engine, name: str) -> SchedulerMixin:
     """Makes the scheduler for a request that names it."""
-    return BatchRunner(pipe, "test")._new_scheduler(name)
+    return runner_of(engine)._new_scheduler(name)
 
 
 def occupy(engine: Engine, released: threading.Event) -> None:
