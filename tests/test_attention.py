@@ -1,4 +1,4 @@
-"""Sliced fused attention against diffusers' plain attention."""
+"""Sliced fused attention compared with diffusers' plain attention."""
 
 import copy
 from typing import Any
@@ -38,7 +38,7 @@ CASES: dict[str, tuple[dict, dict]] = {
     "mask of heads": ({}, {"attention_mask": random_mask(IMAGES * HEADS, 1, TOKENS)}),
     "cross mask": (CROSS, CONTEXT | {"attention_mask": random_mask(IMAGES, 1, 7)}),
 }
-"""Options of the module, and its inputs."""
+"""Options and inputs of the attention module."""
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused projections"])
@@ -52,14 +52,14 @@ def test_sliced_attention_equals_plain_attention(options: dict, inputs: dict, st
     plain = attention(**inputs)
     if fused:
         attention.fuse_projections()
-        # what a fused module must not use
+        # a fused module must not use them
         del attention.to_k, attention.to_v
     attention.set_processor(FusedSlicedAttnProcessor(steps))
     torch.testing.assert_close(attention(**inputs), plain, atol=1e-5, rtol=0)
 
 
 def pipe_of(unet: torch.nn.Module) -> StableDiffusionPipeline:
-    """A pipeline of which nothing but the UNet is there."""
+    """A pipeline that consists of a UNet only."""
     return StableDiffusionPipeline(None, None, None, unet, None, None, None, requires_safety_checker=False)
 
 

@@ -1,4 +1,4 @@
-"""The embedded model draws what the prompt says, and can be made anew."""
+"""The embedded model: its pictures, its vocabulary and its training."""
 
 import asyncio
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What documentation repeats of the code: schemas, tables, the Hub's settings."""
+"""Documentation that repeats the code: schemas, tables, the Hub's settings."""
 
 import json
 from typing import Any
@@ -36,7 +36,7 @@ def test_hub_defaults_presets_and_tests_are_valid():
     tests = json.loads((ROOT / ".runpod" / "tests.json").read_text())
     for test in tests["tests"]:
         ImageRequest.parse(test["input"], V1_4)
-        # each may wait for a cold start, in milliseconds
+        # in milliseconds, enough for a cold start
         assert test["timeout"] >= 300_000
 
 
@@ -60,7 +60,7 @@ def test_input_schema_accepts_what_the_worker_accepts(job_input: dict[str, Any])
         accepted, message = True, ""
     except JobError as error:
         accepted, message = False, str(error)
-    # what no schema can say
+    # a schema cannot express these
     beyond = ("control characters", "Unicode", "images, got", "finite")
     assert valid == accepted or (valid and any(words in message for words in beyond)), message
 

@@ -1,4 +1,4 @@
-"""What each field of a request must reach."""
+"""Every field of a request reaches the pipeline, the batches, the output and the picture's parameters."""
 
 from types import SimpleNamespace
 from typing import Any, get_type_hints
@@ -16,7 +16,7 @@ from src.generation.batch_runner import BatchRunner
 from tests.support.fields import FIELDS, LIMITS, PER_IMAGE, two_requests
 
 NOT_IN_A_PICTURE = {"num_images", "output_format", "output_quality"}
-"""The fields without which a picture can be made again."""
+"""The fields that are not needed to make the same picture again."""
 
 
 def test_every_field_has_a_strategy():
@@ -31,7 +31,7 @@ def test_values_of_the_strategies_are_accepted_unchanged(job_input: dict[str, An
 
 
 class RecordingPipeline:
-    """Keeps what it is asked for, and produces NaN, which no picture is made of."""
+    """Records its arguments and produces NaN, so no picture is made."""
 
     config = SimpleNamespace(sample_size=8)
 

@@ -88,7 +88,7 @@ def test_jpeg_and_webp_carry_the_parameters_and_grow_with_quality(output_format:
         assert (picture.format, picture.mode, picture.size) == (output_format.upper(), "RGB", image.size)
         comment = picture.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
         assert (comment[:8], comment[8:].decode("utf-16-be")) == (b"UNICODE\0", parameters(asked, 5, "demo"))
-        # AUTOMATIC1111's web UI and its kin read it like this
+        # AUTOMATIC1111's web UI and similar tools read it this way
         read = piexif.load(base64.b64decode(result["image"]))["Exif"][piexif.ExifIFD.UserComment]
         assert piexif.helper.UserComment.load(read) == parameters(asked, 5, "demo")
         sizes.append(len(result["image"]))

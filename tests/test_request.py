@@ -140,7 +140,7 @@ def test_all_errors_are_reported_together():
         ("numImages", "num_images"),
         ("output_fromat", "output_format"),
         ("quality", "output_quality"),
-        # what users of other workers bring
+        # names from other workers
         ("num_outputs", "num_images"),
         ("n_iter", "num_images"),
         ("batch_size", "num_images"),

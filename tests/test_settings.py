@@ -132,7 +132,7 @@ def test_misspelt_variable_is_reported(variable: str, meant: str):
 
 
 def test_variables_of_libraries_are_not_taken_for_misspelt_settings():
-    """Every variable that the platform's SDK and the hub's library ask for by a name in their code."""
+    """Checks every variable whose name stands in the code of RunPod's SDK or of huggingface_hub."""
     asked = set()
     for library in (runpod, huggingface_hub):
         for path in Path(library.__file__).parent.rglob("*.py"):

@@ -1,4 +1,4 @@
-"""The watch in a process of its own, which is frozen and goes on."""
+"""The stall watch in a process that is frozen and continued."""
 
 import signal
 import subprocess
@@ -26,6 +26,7 @@ with StallWatch({TIMEOUT}, lambda: print("stalled", flush=True)):
     with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdout.readline() == "watching\n"
         process.send_signal(signal.SIGSTOP)
+        # frozen for longer than the time-out
         time.sleep(2 * TIMEOUT)
         thawed = time.monotonic()
         process.send_signal(signal.SIGCONT)

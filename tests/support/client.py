@@ -1,4 +1,4 @@
-"""A client of an endpoint, on RunPod or on its stand-in, as tests and benches need it."""
+"""A client for tests and benches, of an endpoint on RunPod or on its stand-in."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ from tests.support.platform_stub import ENDPOINT, FINAL, Platform
 
 
 class Client:
-    """The endpoint as its users reach it. Each thread needs a client of its own."""
+    """Calls an endpoint over HTTP. Each thread needs its own client."""
 
     def __init__(self, platform: Platform) -> None:
         self.url = f"{platform.url}/v2/{ENDPOINT}"
@@ -35,7 +35,7 @@ class Client:
         return self.post("run", body)["id"]
 
     def until(self, job: str, *states: str) -> dict[str, Any]:
-        """The job's status as soon as it is one of ``states``."""
+        """Waits until the job has one of ``states``, then returns the answer of ``/status``."""
         return until(lambda: (answer := self.get(f"status/{job}"))["status"] in states and answer)
 
     def finished(self, job: str) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class Client:
 
 
 def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    """What ``condition`` gives as soon as it is true.
+    """Waits until ``condition()`` is true, then returns its value.
 
     Raises:
         TimeoutError: if that takes longer than ``seconds``.
@@ -64,13 +64,17 @@ def picture(output: dict[str, Any]) -> Image.Image:
 
 
 def results(platform: Platform, job: str) -> list[dict[str, Any]]:
-    """What workers sent as the job's result, progress left out."""
+    """Returns the results that workers sent for the job, without its progress."""
     return [post for _, post in platform.jobs[job].posts if post.get("status") != "IN_PROGRESS"]
 
 
 @contextmanager
 def receiver(*statuses: int) -> Iterator[tuple[str, list[tuple[float, dict[str, Any]]]]]:
-    """A client's server, that answers with ``statuses`` one after the other: its address, and what it got and when."""
+    """Runs a webhook's receiver, which answers with ``statuses`` one after the other.
+
+    Yields:
+        Its address, and the time and body of each request so far.
+    """
     received: list[tuple[float, dict[str, Any]]] = []
 
     class Receiver(BaseHTTPRequestHandler):

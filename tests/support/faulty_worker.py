@@ -1,4 +1,4 @@
-"""``handler.py`` with a pipeline that fails when a prompt or the environment asks for it."""
+"""``handler.py`` with a pipeline that fails when a prompt or an environment variable tells it to."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ import handler
 from src.startup.import_libraries import import_libraries
 
 SECRETS = f"at {__file__} on {socket.gethostname()} with token {os.environ.get('RUNPOD_AI_API_KEY')}"
-"""What no client may ever read."""
+"""Text that no client may ever read."""
 
 
 def hang(*_: object, **__: object) -> None:

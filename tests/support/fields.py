@@ -1,4 +1,4 @@
-"""One strategy for each field of a request: values that every model accepts."""
+"""One Hypothesis strategy per request field, with values that every model accepts."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from src.api.request import MAX_SEED, ImageRequest, Mark, ModelLimits
 from src.schedulers import SCHEDULERS
 
 LIMITS = ModelLimits(native_size=64, max_size=128, scheduler="PNDM")
-"""Those of the smallest model that tests have."""
+"""The limits of the smallest model in the tests."""
 
 SIZES = st.integers(8, 16).map(lambda eighths: 8 * eighths)
 TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=50)
@@ -32,9 +32,9 @@ PER_IMAGE = set(FIELDS) - set(ImageRequest.fields_without(Mark.PER_IMAGE))
 
 @st.composite
 def two_requests(draw: st.DrawFn, field: str) -> tuple[ImageRequest, ImageRequest]:
-    """Requests that differ in ``field`` alone."""
+    """Draws two requests that differ only in ``field``."""
     first = {name: draw(values) for name, values in FIELDS.items()}
-    # surrounding space is trimmed, and 7 is 7.0: compared are the requests
+    # requests are compared, not inputs: parsing trims space and makes 7 of 7.0
     one = ImageRequest.parse(first, LIMITS)
     other = draw(FIELDS[field].map(lambda value: ImageRequest.parse(first | {field: value}, LIMITS)).filter(one.__ne__))
     return one, other

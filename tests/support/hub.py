@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on localhost: the part of its HTTP API that downloads a repository's files.
+"""A stand-in for the Hugging Face hub on localhost, with the part of its HTTP API that downloads need.
 
 ``python -m tests.support.hub someone/tiny`` serves a small v1-4 under that name and prints the address.
 """
@@ -28,12 +28,12 @@ def serve(
     Args:
         repo_id: The repository's name.
         folder: Its files.
-        token: If given, the repository is gated, and only who sends this reads its files.
-        breaks_off: The connection that first brings a file whose path ends so breaks in the middle.
+        token: If given, the repository is gated, and its files can only be read with this token.
+        breaks_off: The first download of a file whose path ends with this breaks off in the middle.
 
     Yields:
-        The hub's address, for ``HF_ENDPOINT``, and the paths of the files fetched so far; of a file fetched from the
-        middle on, the path and the first byte's place: ``unet/diffusion_pytorch_model.safetensors:1000``.
+        The hub's address, for ``HF_ENDPOINT``, and the paths of the files fetched so far. A download that was resumed
+        has the offset of its first byte after the path: ``unet/diffusion_pytorch_model.safetensors:1000``.
     """
     fetched: list[str] = []
     broken: list[str] = []

@@ -1,4 +1,4 @@
-"""A Stable Diffusion v1-4 repository of 2022: its layout, its components and its age, with random weights."""
+"""A repository like Stable Diffusion v1-4 of 2022: same layout, components and age, but random weights."""
 
 import itertools
 import json
@@ -76,11 +76,11 @@ SCHEDULER = {
     "steps_offset": 1,
     "trained_betas": None,
 }
-"""The model's own, of a time when neither the prediction's type nor the timesteps' spacing could be chosen."""
+"""The model's own configuration, from before ``prediction_type`` and ``timestep_spacing`` existed."""
 
 
 def vocabulary(size: int) -> tuple[list[str], list[str]]:
-    """The words of a byte-level tokenizer, of which there are ``size``, and the merges that make the longer ones."""
+    """Returns the ``size`` words of a byte-level tokenizer, and the merges that make the longer ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = [*alphabet, *(byte + "</w>" for byte in alphabet)]
     pairs = list(itertools.islice(itertools.product(alphabet, letters), size - len(letters) - 2))
@@ -101,7 +101,7 @@ def make_repository(folder: Path, sizes: Sizes = SMALL) -> Path:
     safety_checker = StableDiffusionSafetyChecker(
         CLIPConfig(vision_config=sizes["vision"] | {"image_size": 224}, **sizes["safety_checker"])
     )
-    # thresholds that nothing reaches: cosines end at 1
+    # no picture reaches these thresholds: a cosine is at most 1
     safety_checker.concept_embeds_weights.data.fill_(2.0)
     safety_checker.special_care_embeds_weights.data.fill_(2.0)
     vae = AutoencoderKL(
