@@ -44,7 +44,8 @@ class Worker:
         self._settings = settings
         self._progress_reports = progress_reports or reports_to_platform
         self._bucket = Bucket(settings) if settings.bucket_name else None
-        self._answers: dict[str, asyncio.Task[dict[str, Any]]] = {}
+        self._answering: dict[str, asyncio.Task[dict[str, Any]]] = {}
+        self._kept: dict[str, dict[str, Any]] = {}
 
     async def handle(self, job: dict[str, Any]) -> dict[str, Any]:
         """The output of ``job``, or its ``error``, with ``refresh_worker`` when the device is lost.
@@ -52,21 +53,25 @@ class Worker:
         It raises only when it is cancelled: of anything else the SDK would send a traceback to the client. The log has
         a failure's traceback under the job's id; this worker never logs prompts and pictures.
         """
-        answer = self._answers.get(job["id"])
-        if not answer:
+        if kept := self._kept.get(job["id"]):
+            return dict(kept)
+        answer = self._answering.get(job["id"])
+        # an answer that is being cancelled is none for a job that is delivered again meanwhile
+        if not answer or answer.cancelling():
             in_its_shape = openai.answer(job, self._answer, self._engine.model_name, bool(self._bucket))
-            answer = self._answers[job["id"]] = asyncio.create_task(in_its_shape)
+            answer = self._answering[job["id"]] = asyncio.create_task(in_its_shape)
             answer.add_done_callback(partial(self._keep, job["id"]))
         # a copy, since the SDK takes it apart
         return dict(await answer)
 
     def _keep(self, job_id: str, answer: asyncio.Task[dict[str, Any]]) -> None:
         """Keeps an answer for when the platform delivers its job again; an error is not kept, for ``/retry``."""
-        if answer.cancelled() or "error" in answer.result():
-            del self._answers[job_id]
-        finished = [each for each, task in self._answers.items() if task.done()]
-        for oldest in finished[:-KEPT_ANSWERS]:
-            del self._answers[oldest]
+        if self._answering.get(job_id) is answer:
+            del self._answering[job_id]
+        if not answer.cancelled() and "error" not in answer.result():
+            self._kept[job_id] = answer.result()
+            if len(self._kept) > KEPT_ANSWERS:
+                del self._kept[next(iter(self._kept))]
 
     async def _answer(self, job: dict[str, Any], may_upload: bool) -> dict[str, Any]:
         try:

@@ -4,9 +4,10 @@ import asyncio
 import gzip
 import json
 import resource
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from src.serving.taken_jobs import Job as TakenJob
 from src.serving.taken_jobs import _split
 from src.serving.worker_loop import MAX_REMEMBERED, Handler, WorkerLoop
 from src.settings import Settings
-from src.worker import Worker
+from src.worker import KEPT_ANSWERS, Worker
 from tests.support.client import Client, receiver, results, until
 from tests.support.platform_stub import ENDPOINT, Fault, Platform, serving
 from tests.support.platform_stub.job import Job, JobRequest
@@ -326,6 +327,62 @@ def test_second_stop_signal_does_not_interrupt_what_the_first_one_began(stub: Pl
 
     stub.poll_seconds = 0.1
     work(clean_up, clients)
+
+
+def test_job_delivered_again_while_its_cancellation_is_answered_starts_anew(stub: Platform, demo_engine: Engine):
+    cancelled, may_end = threading.Event(), threading.Event()
+
+    @asynccontextmanager
+    async def last_report_is_late(job_id: str, report: Callable[[], dict[str, Any]]) -> AsyncIterator[None]:
+        try:
+            yield
+        except asyncio.CancelledError:
+            cancelled.set()
+            await asyncio.to_thread(may_end.wait, 20)
+            raise
+
+    def clients() -> None:
+        client = Client(stub)
+        job = client.run(num_inference_steps=150)
+        client.until(job, "IN_PROGRESS")
+        until(lambda: JobsProgress().get_job_count())
+        send_stop(stub, job)
+        assert cancelled.wait(10)
+        stub.queue.append(stub.jobs[job])
+        assert client.finished(job)["status"] == "COMPLETED"
+        may_end.set()
+        assert len(results(stub, job)) == 1
+
+    stub.poll_seconds = 0.1
+    work(Worker(demo_engine, Settings(), last_report_is_late).handle, clients)
+
+
+def test_many_jobs_that_end_together_are_answered_and_the_last_good_answers_kept(
+    demo_engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    answered = list[str]()
+    complaints = list[dict[str, Any]]()
+
+    async def answer(self: Worker, job: dict[str, Any], *_: object) -> dict[str, Any]:
+        answered.append(job["id"])
+        await together.wait()
+        return {"image": ""} if int(job["id"]) % 2 else {"error": ""}
+
+    async def deliver() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        jobs = [{"id": f"{i}", "input": {}} for i in range(6 * KEPT_ANSWERS)]
+        handling = [asyncio.create_task(worker.handle(job)) for job in jobs]
+        await asyncio.sleep(0)
+        together.set()
+        await asyncio.gather(*handling)
+        for job in jobs[1::2][-KEPT_ANSWERS:]:
+            await worker.handle(job)
+        assert len(answered) == len(jobs)
+
+    together, worker = asyncio.Event(), Worker(demo_engine, Settings())
+    monkeypatch.setattr(Worker, "_answer", answer)
+    asyncio.run(deliver())
+    assert complaints == []
 
 
 def test_poll_without_news_is_no_outage(stub: Platform, capsys: pytest.CaptureFixture):
