@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 import diffusers
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.api.output import OneImage
@@ -47,6 +47,7 @@ class RecordingPipeline:
 
 
 @pytest.mark.parametrize("field", FIELDS)
+@settings(max_examples=30)
 @given(st.data())
 def test_field_reaches_the_pipeline(field: str, data: st.DataObject):
     pipeline = RecordingPipeline()
@@ -58,6 +59,7 @@ def test_field_reaches_the_pipeline(field: str, data: st.DataObject):
 
 
 @pytest.mark.parametrize("field", FIELDS)
+@settings(max_examples=30)
 @given(st.data())
 def test_requests_share_a_batch_if_they_differ_only_per_image(field: str, data: st.DataObject):
     one, other = data.draw(two_requests(field))
@@ -65,6 +67,7 @@ def test_requests_share_a_batch_if_they_differ_only_per_image(field: str, data: 
 
 
 @pytest.mark.parametrize("field", FIELDS)
+@settings(max_examples=30)
 @given(st.data())
 def test_picture_parameters_say_how_it_was_made(field: str, data: st.DataObject):
     one, other = (parameters(request, request.seed, "none") for request in data.draw(two_requests(field)))
