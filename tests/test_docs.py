@@ -37,7 +37,7 @@ def test_hub_defaults_presets_and_tests_are_valid():
     for test in tests["tests"]:
         ImageRequest.parse(test["input"], V1_4)
         # in milliseconds, enough for a cold start
-        assert test["timeout"] >= 300_000
+        assert test["timeout"] >= 600_000
 
 
 SCHEMA = input_schema(V1_4)

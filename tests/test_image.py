@@ -107,8 +107,8 @@ def test_every_host_of_cuda_12_4_to_13_3_is_allowed():
     every = [f"12.{minor}" for minor in range(4, 10)] + [f"13.{minor}" for minor in range(4)]
     for file in ("hub.json", "tests.json"):
         assert json.loads((ROOT / ".runpod" / file).read_text())["config"]["allowedCudaVersions"] == every
-    (listed,) = re.findall(r'"allowedCudaVersions": (\[[^]]+\])', (ROOT / "README.md").read_text())
-    assert json.loads(listed) == every
+    (oldest,) = re.findall(r"`\"minCudaVersion\": \"(12\.\d+)\"`", (ROOT / ".runpod" / "README.md").read_text())
+    assert oldest == every[0]
 
 
 def test_the_icon_is_a_small_picture():
@@ -121,7 +121,8 @@ def test_the_icon_is_a_small_picture():
 
 
 def test_the_containers_disk_has_room_for_the_image_and_4_gb_more():
-    (total,) = re.findall(r"^\| all \| ([\d.]+) \|", (ROOT / "README.md").read_text(), re.M)
+    (total,) = re.findall(r"^\| all \| ([\d.]+) \|", (ROOT / "builder" / "README.md").read_text(), re.M)
     disk = json.loads((ROOT / ".runpod" / "hub.json").read_text())["config"]["containerDiskInGb"]
     assert float(total) + 4 <= disk
-    assert f"container disk: {disk} GB" in (ROOT / "README.md").read_text()
+    assert f"Container disk: {disk} GB" in (ROOT / "README.md").read_text()
+    assert f"| container disk | {disk} GB |" in (ROOT / ".runpod" / "README.md").read_text()

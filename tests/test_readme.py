@@ -1,8 +1,10 @@
-"""The README's tables and commands say what the code does."""
+"""The READMEs' tables, links and commands say what the code does."""
 
 import json
 import re
+import subprocess
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from PIL import Image
@@ -11,30 +13,58 @@ from builder.docs import V1_4
 from src.api.output import job_output
 from src.api.picture import Picture
 from src.api.request import ImageRequest
-from src.model.repository import DEMO_MODEL
-from tests.support.platform_stub import Platform
-from tests.support.platform_stub.client_routes import ClientRoutes
-from tests.support.platform_stub.job import Policy
+from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION
+from src.startup.import_libraries import DEFERRED
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in (
+        "README.md",
+        ".runpod/README.md",
+        ".github/CONTRIBUTING.md",
+        ".github/SECURITY.md",
+        "builder/README.md",
+        "examples/README.md",
+        "src/README.md",
+        "src/model/demo/README.md",
+        "tests/README.md",
+    )
+}
+README = PAGES["README.md"]
 RED = Image.new("RGB", (64, 64), "red")
 
 
-def table(header: str) -> dict[str, list[str]]:
-    """The rows of the table whose first column is ``header``: first cell to the others."""
-    (body,) = re.findall(rf"^\| {header} \|.*\n\|[-|]+\n((?:\|.*\n)+)", README, re.M)
+def table(page: str, header: str) -> dict[str, list[str]]:
+    """The rows of a page's table whose first columns are ``header``: first cell to the others."""
+    (body,) = re.findall(rf"^\| {re.escape(header)} \|.*\n\|[-|]+\n((?:\|.*\n)+)", PAGES[page], re.M)
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in body.splitlines()]
-    return {first.strip("`"): rest for first, *rest in rows}
+    return {first.strip("`* "): rest for first, *rest in rows}
 
 
-def test_the_response_table():
+def sources() -> str:
+    paths = [ROOT / "handler.py", *(ROOT / "src").rglob("*.py")]
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+
+def anchors(page: str) -> set[str]:
+    """The fragments by which GitHub links to a page's headings."""
+    text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_first_page_is_short():
+    assert len(README.splitlines()) <= 250
+
+
+def test_response_table_lists_the_fields_of_an_output():
     def fields(job_input: dict[str, object], **more: object) -> set[str]:
         request = ImageRequest.parse({"prompt": "x"} | job_input, V1_4)
         pictures = [Picture(RED, seed, None) for seed in request.seeds]
         return set(job_output(request, pictures, ["look out"], model_name="demo", max_result_bytes=10**7, **more))
 
-    rows = table("field \\| meaning")
+    rows = table("README.md", "field | meaning")
     one = fields({"output_format": "webp"})
     assert set(rows) == one | fields({}, links=["https://example.com"])
     of_an_image = one - fields({"output_format": "webp", "num_images": 2})
@@ -43,45 +73,109 @@ def test_the_response_table():
     assert "`images`" in README
 
 
-def test_the_example_of_a_job():
+def test_example_of_a_job_is_complete_and_gets_the_answer_shown():
     asked, answered = (json.loads(block) for block in re.findall(r"```json\n(.+?)```", README, re.S)[:2])
     request = ImageRequest.parse(asked["input"], V1_4)
+    assert asked["input"].keys() == ImageRequest.model_fields.keys()
     pictures = [Picture(RED, request.seed, None)]
     output = job_output(request, pictures, [], model_name="demo", max_result_bytes=10**7)
     assert {**answered["output"], "image": ""}.items() <= {**output, "image": ""}.items()
 
 
-def test_the_endpoints_routes():
-    routes = {f"{route.method} {route.path.removeprefix('/v2/local')}" for route in ClientRoutes(Platform()).routes()}
-    listed = {route.replace("<id>", "{job}") for route in table("route")}
-    # no worker of ours streams, and the others are for clients that know them
-    routes = {route for route in routes if not re.match(r"GET /(stream|status-sync)/|\* /openai", route)}
-    assert listed == routes
+@pytest.mark.parametrize("error", table("README.md", "error"))
+def test_listed_error_is_one_of_the_code(error: str):
+    # the longest part that is neither left out nor put in
+    part = max(re.split(r"\.\.\.|<\w+>", error), key=len).strip()
+    assert part in sources()
 
 
-def test_the_policy_table():
-    rows, schema = table("`policy`"), Policy.model_json_schema()["properties"]
-    assert list(rows) == list(schema)
-    for name, (default, bounds, _) in rows.items():
-        assert default == str(schema[name]["default"]).lower()
-        if "minimum" in schema[name]:
-            assert bounds == f"{schema[name]['minimum']} to {schema[name]['maximum']}"
+@pytest.mark.parametrize("symptom", re.findall(r"log: `([^`]+)`|^- `([^`]+)`, with", PAGES[".runpod/README.md"], re.M))
+def test_listed_line_of_the_log_is_one_of_the_code(symptom: tuple[str, str]):
+    for part in re.split(r"\.\.\.|: ", symptom[0] or symptom[1]):
+        assert part.strip() in sources()
 
 
-def test_readme_quotes_how_the_gate_installs_lints_checks_types_and_tests():
+def test_map_lists_every_module_of_src():
+    listed = {name for name in table("src/README.md", "module") if not name.endswith("/")} - {""}
+    modules = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*.py")}
+    assert listed == {module for module in modules if not re.search("__init__|^model/demo/", module)}
+
+
+def test_what_is_patched_says_what_each_deferred_import_saves():
+    (saved,) = re.findall(r"^Deferring an import saves .*?\n\n", PAGES["src/README.md"], re.M | re.S)
+    assert set(re.findall(r"`([\w.]+)` [\d.]+ s", saved)) == set(DEFERRED)
+
+
+def test_build_arguments_are_those_of_the_dockerfile():
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    rows = table("builder/README.md", "build argument")
+    listed = {name: default for names, (default, _) in rows.items() for name in re.findall(r"\w+", names)}
+    arguments = dict(re.findall(r"^ARG (\w+)=(.*)$", dockerfile, re.M))
+    assert listed.keys() == arguments.keys()
+    for name, default in arguments.items():
+        # what the default of MODEL_REVISION stands for is said in words
+        assert default in listed[name]
+
+
+def test_cached_model_is_attached_at_the_pinned_commit():
+    assert f"https://huggingface.co/{DEFAULT_MODEL_ID}:{DEFAULT_MODEL_REVISION}" in PAGES[".runpod/README.md"]
+
+
+def test_bench_table_lists_every_bench():
+    benches = {path.stem for path in (ROOT / "tests" / "bench").glob("[!_]*.py")}
+    rows = table("tests/README.md", "command `.venv/bin/python -m ...`")
+    assert {name.removeprefix("tests.bench.") for name in rows} == benches
+
+
+def test_tests_page_quotes_how_the_gate_installs_lints_checks_types_and_tests():
     gate = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     commands = re.findall(r"^(?:python3|\.venv/bin/(?:pip install -r|ruff|mypy|python)).*$", gate, re.M)
     assert len(commands) == 6
-    assert set(commands) <= set(re.split(r" && |[`\n]", README))
+    assert set(commands) <= set(re.split(r" && |[`\n]", PAGES["tests/README.md"]))
 
 
-def test_every_command_runs_in_the_environment_that_the_first_one_made():
-    for path in (ROOT / "README.md", DEMO_MODEL / "README.md"):
-        assert not re.findall(r"(?:`|^)python3? (?:-m (?!venv)|handler).*", path.read_text(encoding="utf-8"), re.M)
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_runs_in_the_environment_that_the_first_one_made(page: str):
+    # but for those that run on a Pod or in an image, which have no other Python
+    text = re.sub(r"^pip install .*|`docker run .*?`", "", PAGES[page], flags=re.M)
+    assert not re.findall(r"(?:`|^)python3? (?:-m (?!venv)|handler).*", text, re.M)
 
 
-@pytest.mark.parametrize(
-    "path", re.findall(r"(?:\]\(|src=\")([^)#:\"]+)[)\"]|^\| `([\w.]+(?:/[\w./]*|\.py))` \|", README, re.M)
-)
-def test_what_it_points_to_exists(path: tuple[str, str]):
-    assert (ROOT / (path[0] or path[1])).exists()
+@pytest.mark.parametrize("page", PAGES)
+def test_modules_that_a_page_runs_exist(page: str):
+    for name in re.findall(r"python -m ((?:tests|builder)[\w.]+)", PAGES[page]):
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), name
+
+
+LINKS = [
+    (page, link)
+    for page, text in PAGES.items()
+    for link in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text)
+    for link in link
+    if link and not link.startswith("https:")
+]
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS)
+def test_link_leads_to_a_file_and_to_a_heading(page: str, link: str):
+    path, _, fragment = unquote(link).partition("#")
+    target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+    assert target.exists()
+    if fragment:
+        assert fragment in anchors(target.relative_to(ROOT).as_posix())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_exist(page: str):
+    named = re.findall(
+        r"`((?:\.runpod|builder|examples|src|tests)/[\w./*-]+|(?:handler|test_\w+)\.(?:py|json))`", PAGES[page]
+    )
+    for name in named:
+        assert [*ROOT.glob(name), *(ROOT / "tests").glob(name)], name
+
+
+@pytest.mark.process
+def test_every_readme_is_among_the_pages():
+    tracked = subprocess.run(["git", "ls-files", "*README.md"], cwd=ROOT, text=True, capture_output=True, check=True)
+    assert set(tracked.stdout.split()) <= PAGES.keys()
