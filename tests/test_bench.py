@@ -17,13 +17,13 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.process
 @pytest.mark.parametrize("way", ["baseline", "worker"])
-def test_a_start_is_measured(way: str, v1_4_repository: Path):
+def test_cold_start_bench_measures_a_start(way: str, v1_4_repository: Path):
     taken = cold_start.start(way, v1_4_repository)
     assert {"interpreter", "weights"} <= set(taken)
 
 
 @pytest.mark.process
-def test_what_a_cpu_can_run_of_the_tests_on_a_device_passes():
+def test_gpu_tests_that_a_cpu_can_run_pass():
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--small"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout
@@ -31,7 +31,7 @@ def test_what_a_cpu_can_run_of_the_tests_on_a_device_passes():
 
 
 @pytest.mark.process
-def test_every_way_to_generate_is_measured():
+def test_gpu_bench_measures_every_way_to_generate():
     command = [sys.executable, "-m", "tests.bench.gpu", "--small", "--runs", "1", "--steps", "2", "--price", "1"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = re.findall(r"^(.{42}) {6}([14])(?: +\d+\.\d+){4} +(\d+\.\d|nan) +(\d+\.\d|nan) +\d+\.\d+$", printed, re.M)
@@ -42,16 +42,14 @@ def test_every_way_to_generate_is_measured():
     assert re.search(r"^set .+\nwhy: .+\nwhy: .+\n", printed, re.M)
 
 
-def test_a_full_size_model_is_not_measured_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_full_size_model_is_not_measured_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr(sys, "argv", ["gpu"])
     with pytest.raises(SystemExit):
         gpu.main()
     assert "on a CPU only --small makes sense" in capsys.readouterr().err
 
 
-def test_nothing_is_left_of_a_worker_that_was_measured(
-    tmp_path: Path, v1_4_repository: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_measured_worker_is_freed_from_memory(tmp_path: Path, v1_4_repository: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(loading, "StableDiffusionPipeline", gpu.TimedPipeline)
     (tmp_path / "baked").symlink_to(v1_4_repository)
     gpu.worker(tmp_path, 1, 1, gpu.CHANGES["PNDM, timesteps on the CPU"])
@@ -65,7 +63,7 @@ def rows(**seconds: float) -> dict[str, list[Measured]]:
     return {name: [Measured(one, 2**30, 20, 12), Measured(3 * one, 2**31, 20, 40)] for name, one in taken.items()}
 
 
-def test_the_fastest_settings_are_advised_and_why():
+def test_fastest_settings_are_recommended_with_reasons():
     advice = list(gpu.advice(rows(**{GRAPHS: 0.5, "ATTENTION_SLICING=off": 0.9, "cudnn.benchmark": 0.4, "DDIM": 0.1})))
     assert advice[:4] == [
         "set ACCELERATION=graphs: 2.00 times as fast for 1, 2.00 times as fast for 4, +0.00 GiB",
@@ -77,7 +75,7 @@ def test_the_fastest_settings_are_advised_and_why():
     assert len(advice) == 3 + len(gpu.CHANGES) - 1
 
 
-def test_no_setting_is_advised_for_a_difference_that_is_noise():
+def test_no_setting_is_recommended_for_a_difference_within_noise():
     assert next(gpu.advice(rows(**{GRAPHS: 0.98}))) == "set nothing: no setting makes this worker 3% faster"
 
 
@@ -85,7 +83,7 @@ def test_no_setting_is_advised_for_a_difference_that_is_noise():
     ("way", "most_gib", "most_kernels"),
     [("`off`", 0.2, 750), ("`auto`", 0.2, 780), ("`max`", 0.2, 980), ("diffusers' `auto`", 0.4, 1400)],
 )
-def test_slices_by_fused_attention_cost_no_memory(way: str, most_gib: float, most_kernels: int):
+def test_fused_slices_cost_no_memory(way: str, most_gib: float, most_kernels: int):
     gib, kernels = memory.step(memory.WAYS[way], images=1, size=512)
     assert most_gib / 2 < gib <= most_gib
     assert most_kernels * 0.95 < kernels <= most_kernels

@@ -74,9 +74,7 @@ def run_batches(graphed: GraphedStep, *sizes: int, steps: int = 1) -> None:
 
 
 @torch.no_grad()
-def test_the_first_batch_is_captured_at_once_and_other_shapes_when_they_come_back(
-    captures: Captures, forward: Callable
-):
+def test_first_shape_is_captured_at_once_and_others_on_their_second_use(captures: Captures, forward: Callable):
     graphed = GraphedStep(forward, captures)
     run_batches(graphed, 8, 16, 8, 24, steps=3)
     assert captures.captured == [8]
@@ -86,7 +84,7 @@ def test_the_first_batch_is_captured_at_once_and_other_shapes_when_they_come_bac
     assert captures.replayed == [8] * 6 + [16] * 3
 
 
-def test_images_and_dtypes_are_shapes_of_their_own(captures: Captures):
+def test_number_of_images_and_dtype_are_part_of_the_shape(captures: Captures):
     graphed = GraphedStep(echo, captures)
     variants = [
         inputs(),
@@ -100,7 +98,7 @@ def test_images_and_dtypes_are_shapes_of_their_own(captures: Captures):
     assert len(captures.captured) == len(variants)
 
 
-def test_the_least_recently_used_graph_is_dropped(captures: Captures):
+def test_least_recently_used_graph_is_dropped(captures: Captures):
     graphed = GraphedStep(echo, captures, max_graphs=2)
     run_batches(graphed, 8, 16, 16, 24, 8, 24)
     assert captures.captured == [8, 16, 24]
@@ -120,7 +118,7 @@ def test_the_least_recently_used_graph_is_dropped(captures: Captures):
         (RuntimeError("no kernel image is available"), "RuntimeError: no kernel image is available"),
     ],
 )
-def test_nothing_is_captured_after_a_capture_is_invalidated_but_existing_graphs_go_on(
+def test_invalidated_capture_ends_capturing_but_existing_graphs_stay_in_use(
     captures: Captures, error: Exception, message: str, capsys: pytest.CaptureFixture
 ):
     graphed = GraphedStep(echo, captures)
@@ -135,7 +133,7 @@ def test_nothing_is_captured_after_a_capture_is_invalidated_but_existing_graphs_
     assert f"no CUDA graph for latents of 2 x 4 x 16 x 16, computed without: {message}" in line
 
 
-def test_a_shape_that_does_not_fit_gives_up_the_other_graphs_and_is_not_tried_again(captures: Captures):
+def test_shape_that_does_not_fit_drops_the_other_graphs_and_is_not_tried_again(captures: Captures):
     graphed = GraphedStep(echo, captures)
     run_batches(graphed, 8)
     captures.error = torch.OutOfMemoryError("CUDA out of memory")
@@ -154,7 +152,7 @@ def test_dropped_graphs_are_captured_again_on_next_use(captures: Captures):
     assert captures.captured == [8, 8]
 
 
-def test_a_schedulers_integer_and_float_timesteps_are_one_graph(captures: Captures):
+def test_integer_and_float_timesteps_share_a_graph(captures: Captures):
     graphed = GraphedStep(lambda sample, timestep, *_, **__: (timestep,), captures)
     for timestep in (torch.tensor(7), torch.tensor(7.0), torch.tensor(7.0, dtype=torch.float64)):
         (seen,) = graphed(inputs()[0], timestep, inputs()[2], return_dict=False)
@@ -183,7 +181,7 @@ def test_only_a_failure_during_the_capture_itself_invalidates_it(
     cuda.set_stream.assert_called_once_with(cuda.current_stream())
 
 
-def test_the_host_is_at_most_one_step_ahead_of_the_device():
+def test_host_is_at_most_one_step_ahead_of_the_device():
     log: list[str] = []
 
     class Event:
@@ -202,7 +200,7 @@ def test_the_host_is_at_most_one_step_ahead_of_the_device():
     assert log == ["record step 1", "record step 2", "wait for step 1", "record step 3", "wait for step 2"]
 
 
-def test_arguments_that_a_graph_does_not_know_are_heeded(captures: Captures, forward: Callable):
+def test_call_with_arguments_unknown_to_graphs_bypasses_them(captures: Captures, forward: Callable):
     graphed = GraphedStep(forward, captures)
     with torch.no_grad():
         assert torch.equal(graphed(*inputs()).sample, forward(*inputs()).sample)
@@ -211,7 +209,7 @@ def test_arguments_that_a_graph_does_not_know_are_heeded(captures: Captures, for
 
 
 @pytest.mark.parametrize("slicing", ["auto", "off"])
-def test_a_worker_captures_the_native_shape_at_start_and_others_when_they_come_back(
+def test_worker_captures_the_native_shape_at_start_and_others_on_their_second_use(
     slicing: Literal["auto", "off"],
     captures: Captures,
     v1_4_pipe: StableDiffusionPipeline,

@@ -36,7 +36,7 @@ def fetch(
     )
 
 
-def test_a_model_is_baked_in_float16_and_remembers_its_origin(v1_4_repository: Path, tmp_path: Path):
+def test_model_is_baked_in_float16_with_its_origin(v1_4_repository: Path, tmp_path: Path):
     output = tmp_path / "model"
     with hub.serve(REPO, v1_4_repository) as (address, fetched):
         ran = fetch(output, address, tmp_path / "home")
@@ -52,7 +52,7 @@ def test_a_model_is_baked_in_float16_and_remembers_its_origin(v1_4_repository: P
     assert engines.pipe_of(engines.build(output)).safety_checker is not None
 
 
-def test_float16_files_are_baked_as_they_are_with_licence_and_card(v1_4_repository: Path, tmp_path: Path):
+def test_float16_files_are_baked_unchanged_with_licence_and_card(v1_4_repository: Path, tmp_path: Path):
     folder, output = Path(shutil.copytree(v1_4_repository, tmp_path / "repository")), tmp_path / "model"
     halve(folder)
     for name in ("LICENSE.md", "README.md"):
@@ -78,7 +78,7 @@ def test_float16_files_are_baked_as_they_are_with_licence_and_card(v1_4_reposito
         assert all(torch.equal(half[name], baked[name]) for name in half)
 
 
-def test_a_gated_model_is_fetched_with_a_token_that_is_kept_nowhere(v1_4_repository: Path, tmp_path: Path):
+def test_gated_model_is_fetched_with_a_token_that_is_stored_nowhere(v1_4_repository: Path, tmp_path: Path):
     (tmp_path / "token").write_text("hf_right\n")
     with hub.serve(REPO, v1_4_repository, token="hf_right") as (address, _):
         ran = fetch(tmp_path / "model", address, tmp_path / "home", HF_TOKEN_PATH=str(tmp_path / "token"))
@@ -123,7 +123,7 @@ def with_a_damaged_file(folder: Path) -> None:
         ),
     ],
 )
-def test_a_failed_fetch_says_why_and_leaves_nothing(
+def test_failed_fetch_explains_itself_and_leaves_nothing(
     v1_4_repository: Path, tmp_path: Path, damage: Callable | None, token: str | None, revision: str, said: str
 ):
     folder, output = shutil.copytree(v1_4_repository, tmp_path / "repository"), tmp_path / "output"
@@ -137,7 +137,7 @@ def test_a_failed_fetch_says_why_and_leaves_nothing(
     assert list(output.iterdir()) == []
 
 
-def test_a_full_disk_is_reported_and_leaves_no_partial_model(v1_4_repository: Path, tmp_path: Path):
+def test_full_disk_is_reported_and_leaves_no_partial_model(v1_4_repository: Path, tmp_path: Path):
     mount = "mount -t tmpfs -o size=500k none output"
     if subprocess.run(
         ["unshare", "--map-root-user", "--mount", "sh", "-c", mount.replace("output", "/mnt")]

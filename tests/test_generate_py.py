@@ -70,7 +70,7 @@ def test_any_field_passes_through_and_several_pictures_are_numbered(
         (["a=NaN", "b=true", "c=007", "d="], "picture.png", {"a": "NaN", "b": "true", "c": "007", "d": ""}),
     ],
 )
-def test_the_ending_gives_the_format_and_values_are_numbers_or_text(
+def test_file_ending_sets_the_format_and_values_are_numbers_or_text(
     generate: Generate, tmp_path: Path, arguments: list[str], name: str, job_input: dict[str, object]
 ):
     with ending_its_job("COMPLETED", {"output": {"image": "aGk=", "seed": 1}}) as platform:
@@ -80,7 +80,7 @@ def test_the_ending_gives_the_format_and_values_are_numbers_or_text(
     assert {"output_format": "png"} | job.request.input == {"output_format": "png", "prompt": "7"} | job_input
 
 
-def test_a_picture_in_a_bucket_is_downloaded(local_server: str, generate: Generate, tmp_path: Path):
+def test_picture_in_a_bucket_is_downloaded(local_server: str, generate: Generate, tmp_path: Path):
     # a file that is there to be downloaded
     link = f"{local_server}/openapi.json"
     with ending_its_job("COMPLETED", {"output": {"image_url": link, "seed": 1}}) as platform:
@@ -88,7 +88,7 @@ def test_a_picture_in_a_bucket_is_downloaded(local_server: str, generate: Genera
     assert (tmp_path / "picture.png").read_bytes() == requests.get(link, timeout=10).content
 
 
-def test_the_sdks_local_server_is_an_endpoint(
+def test_local_server_of_the_sdk_works_as_an_endpoint(
     platform: Platform, local_server: str, generate: Generate, tmp_path: Path
 ):
     status, _, warnings = generate(platform, "a cat", "num_inference_steps=2", ENDPOINT_URL=local_server)
@@ -113,7 +113,7 @@ def test_the_sdks_local_server_is_an_endpoint(
         (["the sea"], {"ENDPOINT_URL": "", "ENDPOINT_ID": "nothing"}, "generate.py: 404 Client Error: Not Found"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
+def test_error_is_reported_in_one_line(
     platform: Platform,
     client: Client,
     generate: Generate,
@@ -138,7 +138,7 @@ def test_what_is_wrong_is_said_in_one_line(
         ("COMPLETED", {"image_url": "http://127.0.0.1:9/", "seed": 1}, "Connection refused"),
     ],
 )
-def test_a_job_without_a_picture_is_an_error(
+def test_job_without_a_picture_is_an_error(
     generate: Generate, tmp_path: Path, state: str, output: dict[str, object] | None, error: str
 ):
     with ending_its_job(state, {"output": output}) as platform:
@@ -148,7 +148,7 @@ def test_a_job_without_a_picture_is_an_error(
 
 
 @pytest.mark.process
-def test_it_outlives_a_failed_request_and_cancels_its_job_when_interrupted(tmp_path: Path):
+def test_failed_request_is_retried_and_an_interrupt_cancels_the_job(tmp_path: Path):
     with serving() as platform:
         platform.faults += [Fault("/status/", status=502), Fault("/status/", delay=0.1)]
         example = subprocess.Popen(

@@ -73,7 +73,7 @@ def test_several_pictures_are_numbered(platform: Platform, client: Client, tmp_p
         ),
     ],
 )
-def test_any_field_passes_through_and_the_ending_gives_the_format(
+def test_any_field_passes_through_and_the_file_ending_sets_the_format(
     tmp_path: Path, arguments: list[str], name: str, job_input: dict[str, object]
 ):
     with ending_its_job("COMPLETED", {"output": {"image": "aGk=", "seed": 1}}) as platform:
@@ -85,7 +85,7 @@ def test_any_field_passes_through_and_the_ending_gives_the_format(
 
 
 @pytest.mark.process
-def test_a_picture_in_a_bucket_is_downloaded(tmp_path: Path):
+def test_picture_in_a_bucket_is_downloaded(tmp_path: Path):
     bucket = tmp_path / "bucket.png"
     bucket.write_bytes(b"a picture")
     output = {"image_url": bucket.as_uri(), "seed": 1, "warnings": ["careful"]}
@@ -97,7 +97,7 @@ def test_a_picture_in_a_bucket_is_downloaded(tmp_path: Path):
 
 
 @pytest.mark.process
-def test_a_terminal_shows_progress(tmp_path: Path):
+def test_progress_is_shown_on_a_terminal(tmp_path: Path):
     terminal, its_end = pty.openpty()
     with ending_its_job("FAILED", {"error": "no luck"}) as platform:
         command, env = [GENERATE, "the sea"], os.environ | environment(platform)
@@ -108,7 +108,7 @@ def test_a_terminal_shows_progress(tmp_path: Path):
     assert re.fullmatch(r"generate.sh: job [\w-]+ ended as FAILED: no luck\r\n", shown[-1])
 
 
-def test_the_sdks_local_server_is_an_endpoint(local_server: str, platform: Platform, tmp_path: Path):
+def test_local_server_of_the_sdk_works_as_an_endpoint(local_server: str, platform: Platform, tmp_path: Path):
     ran = generate(platform, tmp_path, "the sea", "num_inference_steps=2", ENDPOINT_URL=local_server + "/")
     assert ran.returncode == 0, ran.stderr
     assert Image.open(tmp_path / "picture.png").size == (128, 128)
@@ -130,14 +130,14 @@ def test_the_sdks_local_server_is_an_endpoint(local_server: str, platform: Platf
         (["the sea"], {"ENDPOINT_URL": ""}, "set ENDPOINT_ID and RUNPOD_API_KEY, or ENDPOINT_URL"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
+def test_error_is_reported_in_one_line(
     platform: Platform, client: Client, tmp_path: Path, arguments: list[str], settings: dict[str, str], error: str
 ):
     assert re.fullmatch(error, error_of(generate(platform, tmp_path, *arguments, **settings)))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_endpoint_that_does_not_exist_is_not_found(platform: Platform, client: Client, tmp_path: Path):
+def test_unknown_endpoint_is_not_found(platform: Platform, client: Client, tmp_path: Path):
     by_id = {"ENDPOINT_URL": "", "ENDPOINT_ID": "nothing", "RUNPOD_ENDPOINT_BASE_URL": f"{platform.url}/v2"}
     for settings in (by_id, {"ENDPOINT_URL": f"{platform.url}/v2/nothing"}):
         error = error_of(generate(platform, tmp_path, "the sea", **settings))
@@ -155,7 +155,7 @@ def test_an_endpoint_that_does_not_exist_is_not_found(platform: Platform, client
         ("COMPLETED", {"image_url": "http://127.0.0.1:9/", "seed": 1}, "cannot save x+.png: .*Connection refused.*"),
     ],
 )
-def test_a_job_without_a_picture_is_an_error(tmp_path: Path, status: str, output: dict[str, object], error: str):
+def test_job_without_a_picture_is_an_error(tmp_path: Path, status: str, output: dict[str, object], error: str):
     with ending_its_job(status, {"output": output}) as platform:
         ran = generate(platform, tmp_path, "the sea", "-o", "x" * 252 + ".png")
     assert re.search(f"{error}$", error_of(ran))
@@ -163,14 +163,14 @@ def test_a_job_without_a_picture_is_an_error(tmp_path: Path, status: str, output
 
 
 @pytest.mark.process
-def test_an_answer_that_is_not_runpods_is_said_to_be_none(tmp_path: Path):
+def test_answer_that_is_not_from_runpod_is_reported(tmp_path: Path):
     with serving() as platform:
         platform.faults += [Fault("/run", text="<html>")]
         error = error_of(generate(platform, tmp_path, "the sea"))
     assert error == "this is not an answer of RunPod: check ENDPOINT_URL"
 
 
-def test_it_backs_off_while_the_endpoint_is_busy_or_broken(platform: Platform, client: Client, tmp_path: Path):
+def test_requests_back_off_while_the_endpoint_is_busy_or_broken(platform: Platform, client: Client, tmp_path: Path):
     platform.faults += [
         Fault("/run", status=429, times=2),
         Fault("/status/", status=429),
@@ -184,7 +184,7 @@ def test_it_backs_off_while_the_endpoint_is_busy_or_broken(platform: Platform, c
 
 
 @pytest.mark.process
-def test_a_job_that_the_endpoint_may_have_taken_is_not_sent_again(tmp_path: Path):
+def test_job_that_the_endpoint_may_have_taken_is_not_sent_again(tmp_path: Path):
     with serving() as platform:
         platform.faults += [Fault("/run", status=502)]
         assert error_of(generate(platform, tmp_path, "the sea")).startswith("the endpoint answered 502: ")
@@ -193,7 +193,7 @@ def test_a_job_that_the_endpoint_may_have_taken_is_not_sent_again(tmp_path: Path
 
 @pytest.mark.process
 @pytest.mark.parametrize("route", ["/run", "/status/"])
-def test_ctrl_c_cancels_the_job_also_while_it_is_being_sent(tmp_path: Path, route: str):
+def test_interrupt_cancels_the_job_even_while_it_is_being_sent(tmp_path: Path, route: str):
     with serving() as platform:
         platform.faults += [Fault(route, delay=0.5)]
         script = subprocess.Popen(

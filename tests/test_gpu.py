@@ -80,17 +80,17 @@ def unet_inputs(pipe: StableDiffusionPipeline, images: int = 2, shrunk: int = 1)
 
 
 @real_device
-def test_the_kernels_that_a_start_loads_are_there():
+def test_kernels_that_a_start_loads_exist():
     prefetch._compute_something_small(DEVICE)
 
 
-def test_a_worker_starts(engine: Engine):
+def test_worker_starts(engine: Engine):
     pipe = pipe_of(engine)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.safety_checker):
         assert (part.device.type, part.dtype) == (DEVICE, DTYPE)
 
 
-def test_a_picture_in_a_batch_of_four_is_the_one_that_is_made_alone(engine: Engine):
+def test_picture_in_a_batch_of_four_equals_the_one_made_alone(engine: Engine):
     # with graphs the second batch of a shape is captured, and the third replayed
     together = [pixels(engine, num_images=4, seed=1) for _ in range(3)]
     alone = np.concatenate([pixels(engine, seed=seed) for seed in range(1, 5)])
@@ -105,13 +105,13 @@ def test_every_scheduler_generates(engine: Engine, scheduler: str):
     assert difference(first, second) > 0
 
 
-def test_the_largest_size_generates(engine: Engine):
+def test_largest_size_generates(engine: Engine):
     size = engine.limits.max_size
     assert pixels(engine, width=size, height=size).shape == (1, size, size, 3)
 
 
 @pytest.mark.parametrize("scheduler", ["PNDM", "K_EULER"])
-def test_a_cancelled_request_frees_the_device(engine: Engine, scheduler: str):
+def test_cancelled_request_frees_the_device(engine: Engine, scheduler: str):
     """Of the two, PNDM waits for the device at each step; K_EULER never does."""
 
     async def cancel_one() -> float:
@@ -129,7 +129,7 @@ def test_a_cancelled_request_frees_the_device(engine: Engine, scheduler: str):
     assert 0 < asyncio.run(cancel_one()) < 0.5
 
 
-def test_a_device_that_hangs_is_noticed(pipe: StableDiffusionPipeline):
+def test_hanging_device_is_noticed(pipe: StableDiffusionPipeline):
     engine, over = Engine(BatchRunner(pipe, "test"), 4, stall_timeout=1), threading.Event()
 
     def hang(*_: object) -> None:
@@ -152,7 +152,7 @@ def test_a_device_that_hangs_is_noticed(pipe: StableDiffusionPipeline):
 
 
 @pytest.mark.process
-def test_a_poisoned_device_has_its_worker_replaced(model: Path):
+def test_worker_with_a_poisoned_device_is_replaced(model: Path):
     # without a device, RunPod's workers take no other model than the embedded one
     model_id, prompt = (str(model), "device-side assert") if CUDA else ("demo", "poison")
     with serving() as platform:
@@ -167,7 +167,7 @@ def test_a_poisoned_device_has_its_worker_replaced(model: Path):
 
 @real_device
 @pytest.mark.process
-def test_out_of_memory_makes_batches_smaller_and_leaves_a_worker_that_works(model: Path):
+def test_out_of_memory_shrinks_batches_and_leaves_a_working_worker(model: Path):
     printed = python(f"from tests.test_gpu import run_out_of_memory; run_out_of_memory({str(model)!r})")
     told = json.loads(printed.splitlines()[-1])
     # of 16 images of the largest size
@@ -209,7 +209,7 @@ def run_out_of_memory(model: str) -> None:
 
 
 @torch.inference_mode()
-def test_slices_compute_what_plain_attention_does(pipe: StableDiffusionPipeline):
+def test_sliced_attention_equals_plain_attention(pipe: StableDiffusionPipeline):
     inputs = unet_inputs(pipe)
     pipe.disable_attention_slicing()
     plain = pipe.unet(*inputs).sample
@@ -231,7 +231,7 @@ def graphed(pipe: StableDiffusionPipeline) -> Iterator[GraphedStep]:
 
 
 @torch.inference_mode()
-def test_graphs_of_several_shapes_predict_what_the_unet_does(graphed: GraphedStep, pipe: StableDiffusionPipeline):
+def test_graphs_of_several_shapes_predict_the_same_as_the_unet(graphed: GraphedStep, pipe: StableDiffusionPipeline):
     shapes = [(2, 1), (2, 2), (8, 1), (8, 2)]
     for images, shrunk in shapes * 3:
         inputs = unet_inputs(pipe, images, shrunk)
@@ -241,7 +241,7 @@ def test_graphs_of_several_shapes_predict_what_the_unet_does(graphed: GraphedSte
 
 
 @torch.inference_mode()
-def test_what_a_graph_predicted_outlives_the_next_replay(graphed: GraphedStep, pipe: StableDiffusionPipeline):
+def test_prediction_of_a_graph_outlives_its_next_replay(graphed: GraphedStep, pipe: StableDiffusionPipeline):
     graphed(*unet_inputs(pipe), return_dict=False)
     (first,) = graphed(*unet_inputs(pipe), return_dict=False)
     before = first.clone()
@@ -251,7 +251,7 @@ def test_what_a_graph_predicted_outlives_the_next_replay(graphed: GraphedStep, p
 
 @real_device
 @torch.inference_mode()
-def test_dropped_graphs_give_their_memory_back(graphed: GraphedStep, pipe: StableDiffusionPipeline):
+def test_dropped_graphs_free_their_memory(graphed: GraphedStep, pipe: StableDiffusionPipeline):
     def reserved() -> int:
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
@@ -270,7 +270,7 @@ def test_dropped_graphs_give_their_memory_back(graphed: GraphedStep, pipe: Stabl
 
 @real_device
 @torch.inference_mode()
-def test_an_invalidated_capture_leaves_a_device_that_works(pipe: StableDiffusionPipeline):
+def test_invalidated_capture_leaves_a_working_device(pipe: StableDiffusionPipeline):
     def waiting(sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, **options: Any) -> Any:
         # reading a value waits for the device, which a graph cannot hold
         timestep.item()

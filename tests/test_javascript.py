@@ -38,7 +38,7 @@ def test_any_field_passes_through_and_several_pictures_are_numbered(platform: Pl
     assert "CFG scale: 5.5, Seed: 4, " in parameters
 
 
-def test_a_picture_in_a_bucket_is_downloaded(local_server: str, project: Path):
+def test_picture_in_a_bucket_is_downloaded(local_server: str, project: Path):
     # a file that is there to be downloaded
     output = {"image_url": f"{local_server}/openapi.json", "seed": 1, "output_format": "webp", "warnings": ["careful"]}
     with ending_its_job("COMPLETED", {"output": output}) as platform:
@@ -47,7 +47,7 @@ def test_a_picture_in_a_bucket_is_downloaded(local_server: str, project: Path):
     assert json.loads((project / "picture.webp").read_text())["openapi"]
 
 
-def test_the_sdks_local_server_is_an_endpoint(local_server: str, platform: Platform, project: Path):
+def test_local_server_of_the_sdk_works_as_an_endpoint(local_server: str, platform: Platform, project: Path):
     ran = generate(platform, project, "the sea", "num_inference_steps=2", ENDPOINT_URL=local_server)
     assert ran.returncode == 0, ran.stderr
     assert Image.open(project / "picture.png").size == (128, 128)
@@ -63,7 +63,7 @@ def test_the_sdks_local_server_is_an_endpoint(local_server: str, platform: Platf
         ([], {"ENDPOINT_URL": ""}, "set ENDPOINT_ID and RUNPOD_API_KEY, or ENDPOINT_URL"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
+def test_error_is_reported_in_one_line(
     platform: Platform, client: Client, project: Path, fields: list[str], settings: dict[str, str], error: str
 ):
     ran = generate(platform, project, "the sea", *fields, **settings)
@@ -73,7 +73,7 @@ def test_what_is_wrong_is_said_in_one_line(
     assert not list(project.glob("picture*"))
 
 
-def test_interrupted_it_cancels_its_job(project: Path):
+def test_interrupt_cancels_the_job(project: Path):
     with serving() as platform:
         platform.faults += [Fault("/status/", delay=0.1)]
         example = subprocess.Popen(["node", "generate.mjs", "the sea"], cwd=project, env=environment(platform))
@@ -84,7 +84,7 @@ def test_interrupted_it_cancels_its_job(project: Path):
         assert job.status == "CANCELLED"
 
 
-def test_its_run_sync_polls_until_the_job_ends(project: Path):
+def test_run_sync_of_the_sdk_polls_until_the_job_ends(project: Path):
     code = """
         import runpodSdk from "runpod-sdk";
         const endpoint = runpodSdk("local", { baseUrl: process.argv[1] }).endpoint("local");
@@ -117,7 +117,7 @@ def ai_sdk(platform: Platform, project: Path, **options: object) -> subprocess.C
     return run(command, project)
 
 
-def test_the_ai_sdk_shows_a_picture_in_a_bucket_where_its_own_fields_are_null(local_server: str, project: Path):
+def test_ai_sdk_shows_a_picture_in_a_bucket_when_its_own_fields_are_null(local_server: str, project: Path):
     link = f"{local_server}/openapi.json"
     with ending_its_job("COMPLETED", {"output": {"image_url": link, "seed": 1}}) as platform:
         ran = ai_sdk(platform, project, size=None, enable_safety_checker=None, width=64)
@@ -126,7 +126,7 @@ def test_the_ai_sdk_shows_a_picture_in_a_bucket_where_its_own_fields_are_null(lo
     assert ImageRequest.parse(job.request.input, LIMITS).width == 64
 
 
-def test_the_ai_sdk_reads_what_the_worker_refuses(platform: Platform, client: Client, project: Path):
+def test_ai_sdk_reports_the_workers_error(platform: Platform, client: Client, project: Path):
     ran = ai_sdk(platform, project)
     assert "Image generation failed: invalid input: " in ran.stderr
     assert "size: unknown field" in ran.stderr

@@ -21,7 +21,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
-def test_a_model_makes_the_bytes_that_diffusers_makes(layout: Callable[[Path], None], tmp_path: Path):
+def test_model_gives_the_same_bytes_as_diffusers(layout: Callable[[Path], None], tmp_path: Path):
     folder = tmp_path / "model"
     layout(folder)
     asked: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 5, "guidance_scale": 7.5} | LAYOUTS[layout]

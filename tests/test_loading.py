@@ -33,7 +33,7 @@ def load(**settings: Any) -> StableDiffusionPipeline:
     return pipe_of(build(**settings))
 
 
-def test_an_old_repository_loads_in_float32_with_attention_slicing_on_a_cpu(v1_4_repository: Path):
+def test_old_repository_loads_in_float32_with_attention_slicing_on_a_cpu(v1_4_repository: Path):
     engine = build(v1_4_repository)
     pipe = pipe_of(engine)
     parts = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.safety_checker]
@@ -49,14 +49,12 @@ def test_attention_slicing_can_be_turned_off(v1_4_repository: Path):
     assert sliced(load(model_id=v1_4_repository, attention_slicing="max"))
 
 
-def test_the_safety_checker_can_be_turned_off(copy: Path):
+def test_safety_checker_can_be_turned_off(copy: Path):
     shutil.rmtree(copy / "safety_checker")
     assert load(model_id=copy, safety_checker=False).safety_checker is None
 
 
-def test_float16_and_the_device_are_asked_for_where_there_is_a_gpu(
-    v1_4_repository: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_weights_are_loaded_in_float16_onto_a_gpu(v1_4_repository: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
     for model in (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, StableDiffusionSafetyChecker):
 
@@ -72,7 +70,7 @@ def test_float16_and_the_device_are_asked_for_where_there_is_a_gpu(
     assert {part.dtype for part in parts} == {torch.float16}
 
 
-def test_the_default_model_is_v1_4_at_a_pinned_commit_on_a_gpu_and_the_embedded_one_elsewhere(
+def test_default_model_is_pinned_v1_4_on_a_gpu_and_the_embedded_one_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ):
     asked = []
@@ -90,7 +88,7 @@ def test_the_default_model_is_v1_4_at_a_pinned_commit_on_a_gpu_and_the_embedded_
     assert set(asked) == {(DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION)}
 
 
-def test_on_runpod_without_a_gpu_only_the_embedded_model_starts_and_only_by_name(monkeypatch: pytest.MonkeyPatch):
+def test_worker_without_a_gpu_starts_only_with_the_embedded_model_by_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RUNPOD_WEBHOOK_GET_JOB", "http://localhost/job-take/$ID")
     for settings in (Settings(), Settings(model_id=DEFAULT_MODEL_ID)):
         with pytest.raises(StartError, match=r"^no CUDA device: .*MODEL_ID=demo$"):

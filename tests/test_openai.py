@@ -29,7 +29,7 @@ def images(platform: Platform, client: Client) -> OpenAI:
     return OpenAI(base_url=f"{client.url}/openai/v1", api_key=platform.key, max_retries=0)
 
 
-def test_openais_client_for_python_gets_pictures(images: OpenAI):
+def test_python_client_gets_pictures(images: OpenAI):
     ours = QUICK | {"seed": 3, "negative_prompt": "blur", "guidance_scale": 5, "scheduler": "DDIM"}
     without_effect = {"quality": "low", "background": "opaque", "moderation": "low", "user": "me", "style": "vivid"}
     answer = images.images.generate(
@@ -52,14 +52,14 @@ def test_openais_client_for_python_gets_pictures(images: OpenAI):
 
 
 @pytest.mark.parametrize("size", ["auto", None])
-def test_a_prompt_alone_gets_one_picture_of_the_models_size(images: OpenAI, size: Any):
+def test_prompt_alone_gets_one_picture_of_native_size(images: OpenAI, size: Any):
     answer = images.images.generate(prompt="the sea", size=size, extra_body=QUICK)
     (image,) = answer.data
     assert Image.open(io.BytesIO(base64.b64decode(image.b64_json))).format == "PNG"
     assert (answer.size, answer.output_format) == ("128x128", "png")
 
 
-def test_the_one_model_is_listed(images: OpenAI):
+def test_model_list_has_the_one_model(images: OpenAI):
     assert [model.id for model in images.models.list()] == ["demo"]
 
 
@@ -81,20 +81,18 @@ def test_the_one_model_is_listed(images: OpenAI):
         ),
     ],
 )
-def test_a_bad_request_is_an_error_of_openais(images: OpenAI, fields: dict[str, Any], param: str, message: str):
+def test_bad_request_is_an_error_in_openais_format(images: OpenAI, fields: dict[str, Any], param: str, message: str):
     with pytest.raises(BadRequestError) as caught:
         images.images.generate(prompt="the sea", **fields)
     assert caught.value.body == {"message": message, "type": "invalid_request_error", "param": param, "code": None}
 
 
-def test_another_route_is_an_error_that_names_those_there_are(images: OpenAI):
+def test_error_for_another_route_names_the_supported_routes(images: OpenAI):
     with pytest.raises(BadRequestError, match="no such route, there are /v1/images/generations and /v1/models"):
         images.chat.completions.create(model="demo", messages=[{"role": "user", "content": "hello"}])
 
 
-def test_openais_client_for_javascript_gets_pictures(
-    node_modules: Path, platform: Platform, client: Client, tmp_path: Path
-):
+def test_javascript_client_gets_pictures(node_modules: Path, platform: Platform, client: Client, tmp_path: Path):
     (tmp_path / "node_modules").symlink_to(node_modules)
     code = """
         import OpenAI from "openai";
@@ -114,7 +112,7 @@ def test_openais_client_for_javascript_gets_pictures(
 
 
 @pytest.mark.parametrize(("wanted", "is_link"), [(None, True), ("url", True), ("b64_json", False)])
-def test_with_a_bucket_the_answer_has_links_unless_a_file_is_wanted(
+def test_answer_has_links_if_there_is_a_bucket_and_no_file_is_requested(
     v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch, wanted: str | None, is_link: bool
 ):
     async def upload_all(_: Bucket, files: list[bytes], *names: object) -> list[str]:
@@ -134,14 +132,14 @@ def test_with_a_bucket_the_answer_has_links_unless_a_file_is_wanted(
 
 
 @pytest.mark.parametrize("body", [None, [], "the sea", {}, {"prompt": None, "size": ["64x64"]}])
-def test_a_body_that_is_no_request_is_refused_in_openais_shape(v1_4_engine: Engine, body: object):
+def test_malformed_body_is_refused_in_openais_format(v1_4_engine: Engine, body: object):
     job = {"id": "1", "input": {"openai_route": openai.IMAGES, "openai_input": body}}
     error = asyncio.run(Worker(v1_4_engine, Settings()).handle(job))["error"]
     assert error["type"] == "invalid_request_error"
     assert error["message"].startswith("invalid input: ")
 
 
-def test_a_lost_device_is_no_fault_of_the_request_and_replaces_the_worker():
+def test_lost_device_is_a_server_error_and_replaces_the_worker():
     async def lost(*_: object) -> dict[str, Any]:
         return {"error": "the GPU failed: send the job again", "refresh_worker": True}
 

@@ -38,7 +38,7 @@ def is_unknown(client: Client, job: str) -> bool:
     return client.session.get(f"{client.url}/status/{job}", timeout=5).status_code == 404
 
 
-def test_a_webhook_gets_the_whole_job(client: Client):
+def test_webhook_gets_the_whole_job(client: Client):
     with receiver(200, 200) as (url, received):
         done = client.post("run", {"input": {"prompt": "the sea"}, "webhook": url})["id"]
         finish(client, take(client))
@@ -53,7 +53,7 @@ def test_a_webhook_gets_the_whole_job(client: Client):
     assert second["error"] == "invalid input: prompt: required"
 
 
-def test_a_webhook_is_tried_three_times_ten_seconds_apart(client: Client, capfd: pytest.CaptureFixture[str]):
+def test_webhook_is_tried_three_times_ten_seconds_apart(client: Client, capfd: pytest.CaptureFixture[str]):
     with receiver(500, 201, 404, 200) as (url, received):
         job = client.post("run", {"input": {}, "webhook": url})["id"]
         finish(client, take(client))
@@ -65,7 +65,7 @@ def test_a_webhook_is_tried_three_times_ten_seconds_apart(client: Client, capfd:
     assert f"webhook of job {job}, attempt 3 of 3: it answered 404" in capfd.readouterr().err
 
 
-def test_a_cancelled_job_has_no_webhook(client: Client):
+def test_cancelled_job_calls_no_webhook(client: Client):
     with receiver(200) as (url, received):
         job = client.post("run", {"input": {}, "webhook": url})["id"]
         client.post(f"cancel/{job}")
@@ -86,20 +86,20 @@ def test_a_cancelled_job_has_no_webhook(client: Client):
         ("runsync?wait=300001", {"input": {}}, "wait: Input should be less than or equal to 300000"),
     ],
 )
-def test_what_is_out_of_bounds_is_refused(stub: Platform, client: Client, path: str, body: Any, reason: str):
+def test_request_out_of_bounds_is_refused(stub: Platform, client: Client, path: str, body: Any, reason: str):
     answer = client.session.post(f"{client.url}/{path}", json=body, timeout=5)
     assert answer.status_code == 400
     assert answer.json()["error"].startswith(reason)
     assert stub.jobs == {}
 
 
-def test_a_request_over_the_limit_is_refused(client: Client):
+def test_request_over_the_size_limit_is_refused(client: Client):
     body = {"input": {"prompt": "x" * 10_000_000}}
     assert client.session.post(f"{client.url}/run", json=body, timeout=5).status_code == 413
     assert client.post("runsync?wait=1000", body)["status"] == "IN_QUEUE"
 
 
-def test_a_job_is_gone_when_its_time_is_up(client: Client):
+def test_job_is_gone_after_its_ttl(client: Client):
     policy = {"ttl": 20_000}
     waiting = client.post("run", {"input": {}, "policy": policy})["id"]
     until(lambda: is_unknown(client, waiting))
@@ -109,7 +109,7 @@ def test_a_job_is_gone_when_its_time_is_up(client: Client):
     assert is_unknown(client, running)
 
 
-def test_runsync_waits_for_as_long_as_it_is_told(client: Client):
+def test_runsync_waits_as_long_as_requested(client: Client):
     asked = time.monotonic()
     answer = client.post("runsync?wait=30000", {"input": {}})
     assert 0.4 < time.monotonic() - asked < 2
@@ -119,7 +119,7 @@ def test_runsync_waits_for_as_long_as_it_is_told(client: Client):
 
 
 @pytest.mark.parametrize(("path", "minutes"), [("run", 30), ("runsync?wait=1000", 1)])
-def test_results_are_kept_for_a_while(stub: Platform, client: Client, path: str, minutes: int):
+def test_result_is_kept_for_its_retention_time(stub: Platform, client: Client, path: str, minutes: int):
     stub.speed = 40 * minutes
     job = client.post(path, {"input": {}})["id"]
     finish(client, take(client), error="out of luck")
@@ -134,7 +134,7 @@ def test_results_are_kept_for_a_while(stub: Platform, client: Client, path: str,
     assert client.session.post(f"{client.url}/retry/{job}", timeout=5).status_code == 404
 
 
-def test_only_what_failed_or_timed_out_is_sent_again(client: Client):
+def test_only_failed_or_timed_out_jobs_can_be_retried(client: Client):
     job = client.run(policy={"executionTimeout": 6_000})
     assert take(client) == job
     client.until(job, "TIMED_OUT")
@@ -145,7 +145,7 @@ def test_only_what_failed_or_timed_out_is_sent_again(client: Client):
     assert (refused.status_code, "COMPLETED" in refused.json()["error"]) == (400, True)
 
 
-def test_purging_leaves_what_runs(client: Client):
+def test_purging_the_queue_leaves_running_jobs(client: Client):
     running, *waiting = [client.run() for _ in range(3)]
     assert take(client) == running
     assert client.post("purge-queue") == {"removed": 2, "status": "completed"}

@@ -67,21 +67,19 @@ def test_every_request_works_on_the_platform(node_modules: Path, platform: Platf
     assert run["stats"]["assertions"]["total"] >= 10
 
 
-def test_the_queue_is_purged_only_where_that_is_allowed(
-    node_modules: Path, platform: Platform, client: Client, tmp_path: Path
-):
+def test_queue_is_purged_only_if_allowed(node_modules: Path, platform: Platform, client: Client, tmp_path: Path):
     variables = {"base_url": client.url, "api_key": platform.key}
     requests = ["Generate with a webhook", "Purge the queue", "Health"]
     run = run_collection(node_modules, "runpod.postman_environment.json", tmp_path, requests, **variables)
     assert names_sent(run) == ["Health"]
 
 
-def test_the_requests_for_the_sdks_local_server_work_there(node_modules: Path, local_server: str, tmp_path: Path):
+def test_requests_for_the_sdks_local_server_work_there(node_modules: Path, local_server: str, tmp_path: Path):
     run = run_collection(node_modules, "localhost.postman_environment.json", tmp_path, base_url=local_server)
     assert names_sent(run) == ["Generate", "Status", "Generate and wait", "Several images", "A bad request"]
 
 
-def test_the_collection_knows_how_files_of_every_format_begin():
+def test_collection_knows_the_first_bytes_of_every_format():
     collection = json.loads(COLLECTION.read_text())
     checks = re.findall(r"const BEGINNING = \{(.*?)\}", json.dumps(collection).replace('\\"', '"'))
     beginnings = [dict(re.findall(r'(\w+): "([^"]+)"', check)) for check in checks]
@@ -92,7 +90,7 @@ def test_the_collection_knows_how_files_of_every_format_begin():
         assert base64.b64encode(file).decode().startswith(beginning)
 
 
-def test_no_environment_holds_a_key():
+def test_environments_hold_no_key():
     for path in POSTMAN.glob("*.postman_environment.json"):
         (key,) = [value for value in json.loads(path.read_text())["values"] if value["key"] == "api_key"]
         assert (key["value"], key["type"]) == ("", "secret")

@@ -36,7 +36,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("command", "exported"), COMMANDS)
-def test_the_command_works(
+def test_command_works(
     platform: Platform,
     client: Client,
     local_server: str,
@@ -74,7 +74,7 @@ def test_the_command_works(
         assert Image.open(path).size == (128, 128)
 
 
-def test_the_python_code_works(platform: Platform, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_python_code_works(platform: Platform, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (code,) = blocks("python")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ENDPOINT_ID", "local")

@@ -33,7 +33,7 @@ def copy(v1_4_repository: Path, tmp_path: Path) -> Path:
         ("a/b/c", "neither a directory nor a hub id"),
     ],
 )
-def test_a_model_that_cannot_be(model_id: str, said: str):
+def test_impossible_model_id_is_refused(model_id: str, said: str):
     with pytest.raises(StartError, match=said):
         repository.find(Settings(model_id=model_id))
 
@@ -51,7 +51,7 @@ def find(environment: dict[str, str], *, runpod_cache: Path | None = None) -> st
 
 
 @pytest.mark.process
-def test_a_hub_id_is_downloaded_once_and_then_found_in_the_cache(v1_4_repository: Path, tmp_path: Path):
+def test_model_is_downloaded_once_and_then_found_in_the_cache(v1_4_repository: Path, tmp_path: Path):
     with hub.serve(REPO, v1_4_repository) as (address, fetched):
         environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}
         assert find(environment | {"SAFETY_CHECKER": "false"}) == "downloaded\n"
@@ -74,7 +74,7 @@ def cached(v1_4_repository: Path, cache: Path, name: str, commit: str) -> None:
     shutil.copytree(v1_4_repository, cache / f"models--{name.replace('/', '--')}" / "snapshots" / commit)
 
 
-def test_the_pinned_commit_of_a_model_that_runpod_cached_is_preferred_and_another_is_logged(
+def test_pinned_cached_commit_is_preferred_and_another_is_logged(
     v1_4_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(repository, "RUNPOD_CACHE", tmp_path)
@@ -94,9 +94,7 @@ def test_the_pinned_commit_of_a_model_that_runpod_cached_is_preferred_and_anothe
     assert found() == found(DEFAULT_MODEL_REVISION) == pinned
 
 
-def test_of_a_model_that_runpod_cached_the_newest_usable_commit_is_taken(
-    v1_4_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_newest_usable_cached_snapshot_wins(v1_4_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(repository, "RUNPOD_CACHE", tmp_path)
     for commit, changed in (("old", 1), ("new", 3), ("damaged", 4), ("middle", 2)):
         cached(v1_4_repository, tmp_path, REPO, commit)
@@ -106,7 +104,7 @@ def test_of_a_model_that_runpod_cached_the_newest_usable_commit_is_taken(
     assert (found.name, found.revision, found.where) == (REPO, "new", "RunPod's cached models")
 
 
-def test_what_is_wrong_with_a_cached_model_is_reported_where_none_may_be_downloaded(
+def test_fault_of_a_cached_model_is_reported_when_downloads_are_forbidden(
     v1_4_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(repository, "RUNPOD_CACHE", tmp_path)
@@ -120,7 +118,7 @@ def test_what_is_wrong_with_a_cached_model_is_reported_where_none_may_be_downloa
 
 
 @pytest.mark.process
-def test_a_broken_download_goes_on_where_it_broke(copy: Path, tmp_path: Path):
+def test_broken_download_is_resumed(copy: Path, tmp_path: Path):
     # as much as the hub's library keeps in memory before it writes, and more
     big = copy / "unet" / "diffusion_pytorch_model.safetensors"
     big.write_bytes(os.urandom(24 * 2**20))
@@ -135,7 +133,7 @@ def test_a_broken_download_goes_on_where_it_broke(copy: Path, tmp_path: Path):
 
 
 @pytest.mark.process
-def test_what_the_hub_refuses_is_reported_in_one_line(v1_4_repository: Path, tmp_path: Path):
+def test_refusal_by_the_hub_is_reported_in_one_line(v1_4_repository: Path, tmp_path: Path):
     home = {"HF_HOME": str(tmp_path)}
     with hub.serve(REPO, v1_4_repository) as (address, _):
         assert find(home | {"HF_ENDPOINT": address, "MODEL_REVISION": "nope"}) == (
@@ -177,9 +175,7 @@ def without_common_kind(folder: Path) -> None:
         (without_common_kind, {"unet", "vae"}),
     ],
 )
-def test_float16_files_are_read_where_every_component_has_one(
-    copy: Path, prepare: Callable[[Path], None], half: set[str]
-):
+def test_float16_files_are_read_if_every_component_has_one(copy: Path, prepare: Callable[[Path], None], half: set[str]):
     prepare(copy)
     found = repository.find(Settings(model_id=str(copy)))
     assert list(found.weights) == ["unet", "safety_checker", "text_encoder", "vae"]
@@ -237,7 +233,7 @@ def test_model_is_refused_before_its_weights_are_downloaded(
     assert fetched and not [name for name in fetched if name.endswith((".safetensors", ".bin"))]
 
 
-def test_baked_model_alone_is_called_by_its_origin(copy: Path):
+def test_only_a_baked_model_has_the_name_of_its_origin(copy: Path):
     edit(copy, "model_index.json", _name_or_path="CompVis/stable-diffusion-v1-4", _commit_hash="abc")
     found = repository.find(Settings(model_id=str(copy)))
     assert (found.name, found.revision) == ("copy", None)

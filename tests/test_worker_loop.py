@@ -106,7 +106,7 @@ def send_stop(stub: Platform, job: str) -> None:
     ],
     ids=described,
 )
-def test_a_result_is_sent_until_it_has_arrived(stub: Platform, fault: Fault):
+def test_result_is_sent_until_it_has_arrived(stub: Platform, fault: Fault):
     stub.faults.append(fault)
 
     def clients() -> None:
@@ -122,7 +122,7 @@ def test_a_result_is_sent_until_it_has_arrived(stub: Platform, fault: Fault):
     work(echo, clients, timing=replace(SHORT, result_timeout=0.3))
 
 
-def test_a_result_that_no_try_will_deliver_is_given_up_with_a_line(stub: Platform, capsys: pytest.CaptureFixture):
+def test_undeliverable_result_is_given_up_with_one_line(stub: Platform, capsys: pytest.CaptureFixture):
     def clients() -> tuple[str, str]:
         client = Client(stub)
         stub.faults.append(Fault("job-done", status=413))
@@ -147,7 +147,7 @@ def test_a_result_that_no_try_will_deliver_is_given_up_with_a_line(stub: Platfor
     assert len(lines) == 2
 
 
-def test_while_a_result_waits_other_jobs_go_on(stub: Platform):
+def test_other_jobs_go_on_while_a_result_waits(stub: Platform):
     def clients() -> None:
         client = Client(stub)
         stub.faults.append(Fault("job-done", times=FOREVER, status=503, body="waits"))
@@ -160,7 +160,7 @@ def test_while_a_result_waits_other_jobs_go_on(stub: Platform):
     work(echo, clients)
 
 
-def test_a_stopped_jobs_result_is_not_sent_again(stub: Platform):
+def test_result_of_a_stopped_job_is_not_sent_again(stub: Platform):
     def clients() -> None:
         client = Client(stub)
         fault = Fault("job-done", times=FOREVER, status=503)
@@ -284,7 +284,7 @@ def test_stop_signals_for_unknown_jobs_take_bounded_memory():
     asyncio.run(stop())
 
 
-def test_job_stopped_before_its_first_step_is_not_handled_and_no_longer_counted():
+def test_job_stopped_before_its_first_step_is_neither_handled_nor_counted():
     handled = list[str]()
 
     async def remember(job: dict[str, Any]) -> dict[str, Any]:
@@ -416,7 +416,7 @@ def test_poll_without_news_is_no_outage(stub: Platform, capsys: pytest.CaptureFi
     ],
     ids=described,
 )
-def test_a_platform_in_trouble_costs_a_line_and_no_job(stub: Platform, fault: Fault, capsys: pytest.CaptureFixture):
+def test_failing_platform_costs_one_line_and_no_job(stub: Platform, fault: Fault, capsys: pytest.CaptureFixture):
     def clients() -> None:
         client = Client(stub)
         until(lambda: not stub.faults)
@@ -440,7 +440,7 @@ async def until_unwanted(job: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def test_a_bad_job_costs_its_batch_nothing(stub: Platform, capsys: pytest.CaptureFixture):
+def test_malformed_job_does_not_affect_the_others_of_its_answer(stub: Platform, capsys: pytest.CaptureFixture):
     def clients() -> None:
         client = Client(stub)
         stub.throttled.add("worker-1")
@@ -468,7 +468,7 @@ def test_a_bad_job_costs_its_batch_nothing(stub: Platform, capsys: pytest.Captur
     ],
     ids=["nested", "nested 200,000 deep", "digits", "UTF-8"],
 )
-def test_input_that_cannot_be_read_costs_its_batch_nothing(stub: Platform, raw_json: str, fault: str):
+def test_unreadable_input_does_not_affect_the_others_of_its_answer(stub: Platform, raw_json: str, fault: str):
     def clients() -> None:
         client = Client(stub)
         stub.throttled.add("worker-1")
@@ -506,7 +506,7 @@ def test_object_is_cut_into_its_members(values: dict[str, Any], ascii_only: bool
 
 
 @given(st.text(alphabet='[]{},:"\\1 ae', max_size=30))
-def test_text_that_is_no_json_is_refused_at_most(text: str):
+def test_invalid_json_raises_no_unexpected_error(text: str):
     with suppress(ValueError):
         _split(text)
 
@@ -546,7 +546,7 @@ def test_answer_that_is_too_long_or_a_gzip_bomb_is_malformed(stub: Platform, cap
     assert "cannot take jobs, trying again: " in capsys.readouterr().out
 
 
-def test_an_outage_is_logged_when_it_begins_once_a_minute_and_when_it_is_over(
+def test_outage_is_logged_at_its_start_once_a_minute_and_at_its_end(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     now = 0.0
@@ -566,7 +566,7 @@ def test_an_outage_is_logged_when_it_begins_once_a_minute_and_when_it_is_over(
     assert len(set(pauses)) == len(pauses)
 
 
-def test_a_heartbeat_that_fails_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_failing_heartbeat_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     now = 0.0
     monkeypatch.setattr(rp_ping, "log", QuietLog())
     monkeypatch.setenv("RUNPOD_WEBHOOK_PING", "http://127.0.0.1:9/ping")
