@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from src.serving.command_line import parse_arguments
+from src.serving.log_output import open_closed_streams
 from src.serving.signals import exit_on_signals
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def build_engine(
 
 def main() -> None:
     exit_on_signals()
+    open_closed_streams()
     arguments = parse_arguments()
     if arguments.rp_log_level:
         os.environ["RUNPOD_LOG_LEVEL"] = arguments.rp_log_level

@@ -1,8 +1,11 @@
 """The real program in real processes behind a stand-in of the platform: the SDK's loop, driven over HTTP."""
 
+import fcntl
+import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -255,6 +258,36 @@ def test_a_device_that_hangs_for_good_has_its_worker_replaced():
         assert heartbeat.wait(5) is None
         done = client.finished(left)
         assert (done["status"], done["workerId"]) == ("COMPLETED", "worker-2")
+
+
+def test_log_that_nobody_reads_holds_up_no_job():
+    read, write = os.pipe()
+    # a small pipe is full soon
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    with serving() as platform, os.fdopen(write, "wb") as log:
+        client = Client(platform)
+        # at this level, the SDK logs all outputs
+        worker = platform.workers[platform.start_worker(log=log, RUNPOD_LOG_LEVEL="DEBUG")]
+        jobs = [client.run(num_inference_steps=1) for _ in range(200)]
+        assert {client.finished(job)["status"] for job in jobs} == {"COMPLETED"}
+        with os.fdopen(read, "rb") as reader:
+            lines = (line for line in reader if b"lines dropped: nobody read the log" in line)
+            threading.Timer(1, client.generate).start()
+            assert next(lines)
+        # now the pipe is closed
+        assert client.generate()["status"] == "COMPLETED"
+        assert worker.process.poll() is None
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_worker_with_a_closed_output_works(closed: str):
+    with serving() as platform:
+        command = ["sh", "-c", f'exec "$@" {closed}>&-', "sh", sys.executable, str(HANDLER)]
+        worker = platform.workers[platform.start_worker(command)]
+        assert Client(platform).generate()["status"] == "COMPLETED"
+        until(lambda: worker.pings)
+        worker.process.terminate()
+        assert worker.process.wait(10) == 0
 
 
 def find_heartbeat(worker: WorkerProcess) -> psutil.Process:

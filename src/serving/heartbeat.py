@@ -17,6 +17,8 @@ import runpod
 from runpod.serverless import worker
 from runpod.serverless.modules import rp_ping
 
+from src.serving import log_output
+
 RESTART_PAUSE = 5.0
 LINE_INTERVAL = 60.0
 """In seconds."""
@@ -61,6 +63,7 @@ def _beat(mirror: Any) -> None:
     # Ctrl-C reaches the worker too
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    log_output.install()
     rp_ping.log = QuietLog()
     # a line for every request that is tried again
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)

@@ -17,7 +17,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 import time
 import traceback
 from collections import deque
@@ -31,7 +30,7 @@ from runpod.serverless.modules import rp_job, rp_scale
 from runpod.serverless.modules.rp_logger import _set_batch_id
 from runpod.serverless.modules.worker_state import JobsProgress
 
-from src.serving import heartbeat
+from src.serving import heartbeat, log_output
 from src.serving.delivery import CONNECT_TIMEOUT, Outage, Refusal, Timing, deliver
 from src.serving.taken_jobs import Job, read_jobs
 
@@ -54,6 +53,7 @@ def start(handle: Handler, max_concurrency: int) -> None:
     """
     rp_scale.JobScaler = WorkerLoop
     heartbeat.install()
+    log_output.install()
     runpod.serverless.start({"handler": handle, "concurrency_modifier": lambda _: max_concurrency})
 
 
@@ -83,7 +83,7 @@ class WorkerLoop:
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signal_number, self._shut_down)
         loop.run_until_complete(self.run())
-        sys.stdout.flush()
+        log_output.drain()
         # Python's own exit would wait for the engine's thread, which may be in a call that never ends
         os._exit(self._exit_code)
 
