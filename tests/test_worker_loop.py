@@ -23,22 +23,22 @@ from src.generation.engine import Engine
 from src.serving.delivery import Outage, Timing
 from src.serving.heartbeat import QuietLog
 from src.serving.taken_jobs import Job as TakenJob
-from src.serving.taken_jobs import _split
 from src.serving.worker_loop import MAX_REMEMBERED, Handler, WorkerLoop
 from src.settings import Settings
 from src.worker import KEPT_ANSWERS, Worker
+from tests.support import engines, internals
 from tests.support.client import Client, receiver, results, until
 from tests.support.platform_stub import ENDPOINT, Fault, Platform, serving
 from tests.support.platform_stub.job import Job, JobRequest
 
 FOREVER = 10**6
 SHORT = Timing(first_pause=0.01, max_pause=0.1)
-"""Of a worker that does not wait long before it tries again."""
+"""The timing of a worker that soon tries again."""
 
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Platform]:
-    """A platform whose worker is this process."""
+    """A platform whose only worker is this process."""
     with serving() as stub:
         base = f"{stub.url}/v2/{ENDPOINT}"
         monkeypatch.setenv("RUNPOD_AI_API_KEY", stub.key)
@@ -53,7 +53,7 @@ async def echo(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def work(handle: Handler, clients: Callable[[], Any], concurrency: int = 8, timing: Timing = SHORT) -> Any:
-    """Returns what ``clients`` does, which runs in a thread while the loop hands its jobs to ``handle``."""
+    """Runs ``clients`` in a thread while the loop hands its jobs to ``handle``, and returns its result."""
 
     async def run() -> Any:
         loop = WorkerLoop({"handler": handle, "concurrency_modifier": lambda _: concurrency}, timing)
@@ -81,11 +81,11 @@ UNREADABLE = [
     "<html><body>Bad Gateway</body></html>",
     "\x15\x03\x01\x00\x02\x02\x46",
 ]
-"""Answers of a proxy that are no HTTP; the last is TLS's alert."""
+"""Answers of a proxy that are not HTTP. The last is a TLS alert."""
 
 
 def send_stop(stub: Platform, job: str) -> None:
-    """Returns when the worker has read the stop signal for ``job``: it has asked for the one after it."""
+    """Sends a stop signal for ``job`` and waits until the worker has read it and asked for the next."""
     for job_id in (job, "unknown"):
         stub.stops.setdefault("worker-1", []).append(job_id)
         stub.loop.call_soon_threadsafe(stub.notify)
@@ -195,14 +195,15 @@ def test_freed_slot_is_filled_at_once(stub: Platform):
         jobs = [client.run(f"{i}") for i in range(20)]
         assert {client.finished(job)["status"] for job in jobs} == {"COMPLETED"}
         started, finished = ([getattr(stub.jobs[job], when) for job in jobs] for when in ("started", "finished"))
-        # the SDK's loop needs a second
+        # the SDK's own loop needs a second
         assert max(later - earlier for later, earlier in zip(started[1:], finished, strict=False)) < 0.3
 
     work(echo, clients, concurrency=1)
 
 
 def test_burst_of_alike_jobs_shares_batches(stub: Platform, demo_engine: Engine, monkeypatch: pytest.MonkeyPatch):
-    run, batches = demo_engine._runner.run, list[int]()
+    runner, batches = engines.runner_of(demo_engine), list[int]()
+    run = runner.run
 
     def count(requests: list[ImageRequest], *arguments: Any) -> Any:
         batches.append(len(requests))
@@ -213,7 +214,7 @@ def test_burst_of_alike_jobs_shares_batches(stub: Platform, demo_engine: Engine,
         jobs = [client.run(f"{i}", num_inference_steps=20) for i in range(8)]
         assert {client.finished(job)["status"] for job in jobs} == {"COMPLETED"}
 
-    monkeypatch.setattr(demo_engine._runner, "run", count)
+    monkeypatch.setattr(runner, "run", count)
     work(Worker(demo_engine, Settings()).handle, clients)
     assert sum(batches) == 8
     assert len(batches) <= 3
@@ -253,7 +254,7 @@ def test_stop_signal_that_overtakes_its_job_is_honoured_for_a_while(
         client.until(job, "IN_PROGRESS", "COMPLETED")
         assert client.generate()["status"] == "COMPLETED"
         assert handled.count(job) == handled_once
-        # the signal was for one delivery
+        # the signal counts for one delivery only
         stub.queue.append(stub.jobs[job])
         until(lambda: handled.count(job) == handled_once + 1)
 
@@ -278,8 +279,8 @@ def test_stop_signal_for_a_job_that_has_ended_does_not_stop_its_next_delivery(st
 def test_stop_signals_for_unknown_jobs_take_bounded_memory():
     async def stop() -> None:
         loop = WorkerLoop({"handler": echo, "concurrency_modifier": lambda _: 1})
-        await loop._stop_jobs(json.dumps({"jobsToStop": [f"{i}" for i in range(3 * MAX_REMEMBERED)]}).encode())
-        assert len(loop._stopped_early) == MAX_REMEMBERED
+        await internals.stop_jobs(loop, *(f"{i}" for i in range(3 * MAX_REMEMBERED)))
+        assert len(internals.remembered_stops(loop)) == MAX_REMEMBERED
 
     asyncio.run(stop())
 
@@ -294,11 +295,11 @@ def test_job_stopped_before_its_first_step_is_neither_handled_nor_counted():
     async def stop() -> None:
         loop = WorkerLoop({"handler": remember, "concurrency_modifier": lambda _: 1})
         async with aiohttp.ClientSession() as session:
-            loop._begin(session, TakenJob("job-1", {"id": "job-1", "input": {}}))
+            internals.begin_job(loop, session, TakenJob("job-1", {"id": "job-1", "input": {}}))
             assert JobsProgress().get_job_list() == "job-1"
-            assert await loop._stop_jobs(b'{"jobsToStop": ["job-1", "job-1"]}') == ["job-1"]
-            await asyncio.wait(loop._jobs)
-        assert JobsProgress().get_job_count() == len(loop._jobs) == 0
+            assert await internals.stop_jobs(loop, "job-1", "job-1") == ["job-1"]
+            await asyncio.wait(internals.tasks_of(loop))
+        assert JobsProgress().get_job_count() == len(internals.tasks_of(loop)) == 0
 
     asyncio.run(stop())
     assert handled == []
@@ -380,7 +381,7 @@ def test_many_jobs_that_end_together_are_answered_and_the_last_good_answers_kept
         assert len(answered) == len(jobs)
 
     together, worker = asyncio.Event(), Worker(demo_engine, Settings())
-    monkeypatch.setattr(Worker, "_answer", answer)
+    internals.replace_answer(monkeypatch, answer)
     asyncio.run(deliver())
     assert complaints == []
 
@@ -496,19 +497,19 @@ json_values = st.recursive(
 @given(st.lists(json_values, min_size=1), st.booleans(), st.sampled_from([None, 1, "\t"]))
 def test_array_is_cut_into_its_elements(values: list[Any], ascii_only: bool, indent: int | str | None):
     text = json.dumps(values, ensure_ascii=ascii_only, indent=indent)
-    assert [json.loads(part) for part in _split(text)] == values
+    assert [json.loads(part) for part in internals.split(text)] == values
 
 
 @given(st.dictionaries(st.text(), json_values, min_size=1), st.booleans())
 def test_object_is_cut_into_its_members(values: dict[str, Any], ascii_only: bool):
-    parts = _split(json.dumps(values, ensure_ascii=ascii_only))
+    parts = internals.split(json.dumps(values, ensure_ascii=ascii_only))
     assert [json.loads(f"{{{part}}}") for part in parts] == [{key: value} for key, value in values.items()]
 
 
 @given(st.text(alphabet='[]{},:"\\1 ae', max_size=30))
 def test_invalid_json_raises_no_unexpected_error(text: str):
     with suppress(ValueError):
-        _split(text)
+        internals.split(text)
 
 
 def test_redirected_poll_or_result_reaches_no_other_host(stub: Platform):
@@ -573,5 +574,5 @@ def test_failing_heartbeat_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPat
     heartbeat = rp_ping.Heartbeat(retries=0)
     monkeypatch.setattr(time, "monotonic", lambda: now)
     for now in range(0, 130, 10):  # noqa: B007 - the clock reads it
-        heartbeat._send_ping()
+        internals.send_ping(heartbeat)
     assert capsys.readouterr().out.count("Ping Request Error") == 2

@@ -1,12 +1,23 @@
-"""Access to private attributes of ``src`` and of RunPod's SDK, which tests reach only here and in ``engines``."""
+"""Access to private attributes of ``src`` and of libraries, which tests reach only here and in ``engines``."""
 
-from collections.abc import Iterable
+import asyncio
+import json
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 import pytest
 import runpod
+import torch
+from runpod.serverless.modules import rp_ping
 
 from src.generation.batch_runner import BatchRunner
+from src.generation.cuda_graphs import GraphedStep
+from src.generation.engine import Engine
+from src.serving import taken_jobs
+from src.serving.taken_jobs import Job
+from src.serving.worker_loop import WorkerLoop
 from src.startup import prefetch
 from src.worker import Worker
 
@@ -38,3 +49,55 @@ def record_kernel_loading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def options_of_the_sdk() -> list[str]:
     """Returns the options of the SDK's command line."""
     return [action.option_strings[0] for action in runpod.serverless.parser._actions]
+
+
+async def stop_jobs(loop: WorkerLoop, *jobs: str) -> list[str]:
+    """Has the loop read a stop signal for ``jobs``. Returns the jobs that it stopped."""
+    return await loop._stop_jobs(json.dumps({"jobsToStop": jobs}).encode())
+
+
+def remembered_stops(loop: WorkerLoop) -> Collection[str]:
+    """Returns the jobs that were stopped before they arrived."""
+    return loop._stopped_early
+
+
+def begin_job(loop: WorkerLoop, session: aiohttp.ClientSession, job: Job) -> None:
+    loop._begin(session, job)
+
+
+def tasks_of(loop: WorkerLoop) -> Collection[asyncio.Task]:
+    """Returns the tasks of the jobs in progress."""
+    return loop._jobs
+
+
+def split(text: str) -> Any:
+    """Cuts a JSON array or object into the texts of its members."""
+    return taken_jobs._split(text)
+
+
+def send_ping(heartbeat: rp_ping.Heartbeat) -> None:
+    heartbeat._send_ping()
+
+
+def replace_answer(monkeypatch: pytest.MonkeyPatch, answer: Callable[..., Any]) -> None:
+    """Replaces the part of ``Worker`` that makes a job's answer."""
+    monkeypatch.setattr(Worker, "_answer", answer)
+
+
+def fitting_images(engine: Engine, size: int) -> int:
+    """Returns how many square images of this size fit in memory, as the engine has learnt."""
+    return engine._fitting_images[size, size]
+
+
+def number_of_graphs(graphed: GraphedStep) -> int:
+    return len(graphed._graphs)
+
+
+def without_graphs(graphed: GraphedStep) -> Callable[..., Any]:
+    """Returns the UNet's own forward."""
+    return graphed._forward
+
+
+def hang_cuda_device(cycles: int) -> None:
+    """Runs a kernel that does nothing for so many clock cycles."""
+    torch.cuda._sleep(cycles)
