@@ -17,7 +17,7 @@ from src.generation.batch_runner import BatchRunner
 from src.generation.cuda_graphs import WARM_UP_RUNS, Capture, CaptureInvalidated, GraphedStep, Inputs, Pace, Step
 from src.generation.engine import Engine
 from src.settings import Settings
-from tests.support import engines
+from tests.support import engines, internals
 
 
 def inputs(size: int = 8, images: int = 2) -> Inputs:
@@ -30,7 +30,7 @@ def inputs(size: int = 8, images: int = 2) -> Inputs:
 
 
 class Captures:
-    """Stands in for ``Capture``: a step is recorded by remembering it. Counts captures and replays by size."""
+    """Stands in for ``Capture``, keeps the step in place of a graph, and lists the sizes of captures and replays."""
 
     def __init__(self) -> None:
         self.captured: list[int] = []
@@ -60,16 +60,17 @@ def forward(v1_4_pipe: StableDiffusionPipeline) -> Callable:
 
 
 def echo(sample: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor]:
-    """A UNet that predicts what it is given."""
+    """A UNet that predicts its own input."""
     return (sample,)
 
 
 def run_batches(graphed: GraphedStep, *sizes: int, steps: int = 1) -> None:
-    """A batch of each size, each step checked against what is computed without graphs."""
+    """Runs a batch of each size and compares each step with the UNet without graphs."""
     for size in sizes:
         for _ in range(steps):
             (predicted,) = graphed(*inputs(size)[:2], encoder_hidden_states=inputs(size)[2], return_dict=False)
-            assert torch.equal(predicted, graphed._forward(*inputs(size), return_dict=False)[0])
+            (expected,) = internals.without_graphs(graphed)(*inputs(size), return_dict=False)
+            assert torch.equal(predicted, expected)
         graphed.end_batch()
 
 

@@ -1,6 +1,6 @@
 """The worker on a CUDA device, in float16 with a full-size model of random weights: ``python -m pytest -m gpu``.
 
-With ``--small`` a shrunken model on the CPU does what it can of that: it shows that these tests work, and nothing else.
+With ``--small`` a shrunken model on the CPU runs those that it can. That only shows that the tests themselves work.
 """
 
 import asyncio
@@ -23,11 +23,10 @@ from src.generation.cuda_graphs import Capture, CaptureInvalidated, GraphedStep,
 from src.generation.engine import Engine
 from src.generation.pending import Progress
 from src.schedulers import SCHEDULERS
-from src.startup import prefetch
 from tests.bench import cold_start
-from tests.support import engines
+from tests.support import engines, internals
 from tests.support.client import Client
-from tests.support.engines import generate, generate_together, pipe_of, request_for
+from tests.support.engines import generate, pipe_of, request_for
 from tests.support.platform_stub import serving
 from tests.support.processes import FAULTY, python
 
@@ -35,7 +34,7 @@ pytestmark = pytest.mark.gpu
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.float16) if CUDA else ("cpu", torch.float32)
-real_device = pytest.mark.skipif(not CUDA, reason="what is tested is the device itself")
+real_device = pytest.mark.skipif(not CUDA, reason="tests the device itself")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def model(request: pytest.FixtureRequest, v1_4_repository: Path) -> Path:
 
 @pytest.fixture(scope="module", params=["off", "graphs"])
 def engine(model: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
-    """A started worker's engine as it is by default, then with CUDA graphs."""
+    """The engine of a started worker, with the default settings and with CUDA graphs."""
     engine = engines.build(model, acceleration=request.param)
     engine.warm_up()
     yield engine
@@ -61,12 +60,12 @@ def pipe(model: Path) -> StableDiffusionPipeline:
 
 
 def pixels(engine: Engine, **job_input: Any) -> np.ndarray:
-    """The pictures of a request, (images, height, width, 3), from 0 to 255."""
+    """Generates and returns the pictures of a request: (images, height, width, 3), 0 to 255."""
     return np.stack([picture.image for picture in generate(engine, **job_input).pictures]).astype(float)
 
 
 def difference(some: np.ndarray, others: np.ndarray) -> float:
-    """The mean difference of two pictures, in levels of 255: 40 for two seeds of the full-size model, as measured."""
+    """Returns the mean difference of pictures, 0 to 255: 40 for two seeds of the full-size model, as measured."""
     return float(np.abs(some - others).mean())
 
 
@@ -81,7 +80,7 @@ def unet_inputs(pipe: StableDiffusionPipeline, images: int = 2, shrunk: int = 1)
 
 @real_device
 def test_kernels_that_a_start_loads_exist():
-    prefetch._compute_something_small(DEVICE)
+    internals.compute_something_small(DEVICE)
 
 
 def test_worker_starts(engine: Engine):
@@ -91,7 +90,7 @@ def test_worker_starts(engine: Engine):
 
 
 def test_picture_in_a_batch_of_four_equals_the_one_made_alone(engine: Engine):
-    # with graphs the second batch of a shape is captured, and the third replayed
+    # with graphs, the second batch of a shape is captured and the third replayed
     together = [pixels(engine, num_images=4, seed=1) for _ in range(3)]
     alone = np.concatenate([pixels(engine, seed=seed) for seed in range(1, 5)])
     for pictures in together:
@@ -112,7 +111,7 @@ def test_largest_size_generates(engine: Engine):
 
 @pytest.mark.parametrize("scheduler", ["PNDM", "K_EULER"])
 def test_cancelled_request_frees_the_device(engine: Engine, scheduler: str):
-    """Of the two, PNDM waits for the device at each step; K_EULER never does."""
+    """PNDM waits for the device at each step, K_EULER never does."""
 
     async def cancel_one() -> float:
         progress = Progress()
@@ -135,7 +134,7 @@ def test_hanging_device_is_noticed(pipe: StableDiffusionPipeline):
     def hang(*_: object) -> None:
         if CUDA:
             # 5 s at 2 GHz
-            torch.cuda._sleep(10_000_000_000)
+            internals.hang_cuda_device(10_000_000_000)
         else:
             over.wait(60)
 
@@ -153,7 +152,7 @@ def test_hanging_device_is_noticed(pipe: StableDiffusionPipeline):
 
 @pytest.mark.process
 def test_worker_with_a_poisoned_device_is_replaced(model: Path):
-    # without a device, RunPod's workers take no other model than the embedded one
+    # without a device, workers on RunPod only start with the embedded model
     model_id, prompt = (str(model), "device-side assert") if CUDA else ("demo", "poison")
     with serving() as platform:
         client = Client(platform)
@@ -168,44 +167,13 @@ def test_worker_with_a_poisoned_device_is_replaced(model: Path):
 @real_device
 @pytest.mark.process
 def test_out_of_memory_shrinks_batches_and_leaves_a_working_worker(model: Path):
-    printed = python(f"from tests.test_gpu import run_out_of_memory; run_out_of_memory({str(model)!r})")
-    told = json.loads(printed.splitlines()[-1])
-    # of 16 images of the largest size
-    assert 0 < told["fitting"] < 16
-    assert told["pictures"] == 16
-    assert told["error"] == "an image of 1024 x 1024 did not fit in GPU memory: ask for 512 x 512"
-    assert told["native"] == 1
-
-
-def run_out_of_memory(model: str) -> None:
-    """Generates with too little memory, in a process of its own, and prints what comes of it.
-
-    By count, a step of 16 images of 1024 x 1024 needs 8 GiB and decoding one 1.5; a picture of 512 x 512 needs 0.4.
-    """
-    engine = engines.build(model, max_batch_images=16)
-    engine.warm_up()
-    largest = dict.fromkeys(("width", "height"), engine.limits.max_size)
-
-    def allow(gib: float) -> None:
-        """Caps what PyTorch may take beyond the weights."""
-        torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + gib * 2**30) / total)
-
-    allow(4)
-    requests = [request_for(engine, num_images=4, seed=seed, **largest) for seed in (0, 10, 20, 30)]
-    results = generate_together(engine, *requests)
-    told = {
-        "pictures": sum(len(result.pictures) for result in results),
-        "fitting": engine._fitting_images[engine.limits.max_size, engine.limits.max_size],
-    }
-    allow(0.8)
-    try:
-        generate(engine, **largest)
-    except JobError as error:
-        told["error"] = str(error)
-    told["native"] = len(generate(engine).pictures)
-    print(json.dumps(told))
+    printed = python(f"from tests.support import out_of_memory; out_of_memory.main({str(model)!r})")
+    outcome = json.loads(printed.splitlines()[-1])
+    # 16 images of the largest size were requested
+    assert 0 < outcome["fitting"] < 16
+    assert outcome["pictures"] == 16
+    assert outcome["error"] == "an image of 1024 x 1024 did not fit in GPU memory: ask for 512 x 512"
+    assert outcome["native"] == 1
 
 
 @torch.inference_mode()
@@ -223,7 +191,7 @@ def test_sliced_attention_equals_plain_attention(pipe: StableDiffusionPipeline):
 
 @pytest.fixture
 def graphed(pipe: StableDiffusionPipeline) -> Iterator[GraphedStep]:
-    """Captures what it meets at once, as in a first batch."""
+    """A step that captures every shape at once, as in a first batch."""
     graphed = GraphedStep(pipe.unet.forward, Capture() if CUDA else lambda step, inputs: step)
     yield graphed
     graphed.clear()
@@ -237,7 +205,7 @@ def test_graphs_of_several_shapes_predict_the_same_as_the_unet(graphed: GraphedS
         inputs = unet_inputs(pipe, images, shrunk)
         (predicted,) = graphed(*inputs, return_dict=False)
         torch.testing.assert_close(predicted, pipe.unet(*inputs).sample, atol=1e-2, rtol=1e-2)
-    assert len(graphed._graphs) == len(shapes)
+    assert internals.number_of_graphs(graphed) == len(shapes)
 
 
 @torch.inference_mode()
@@ -261,7 +229,7 @@ def test_dropped_graphs_free_their_memory(graphed: GraphedStep, pipe: StableDiff
     (predicted,) = graphed(*inputs, return_dict=False)
     held = reserved() - before
     graphed.clear()
-    # the step of a batch of four needs half a GiB; kept are its inputs, and workspaces of the stream of captures
+    # a step of a batch of four needs half a GiB; its inputs and the capture stream's workspaces are kept
     assert held > 2**28
     assert reserved() - before < held / 2
     (again,) = graphed(*inputs, return_dict=False)
@@ -272,7 +240,7 @@ def test_dropped_graphs_free_their_memory(graphed: GraphedStep, pipe: StableDiff
 @torch.inference_mode()
 def test_invalidated_capture_leaves_a_working_device(pipe: StableDiffusionPipeline):
     def waiting(sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, **options: Any) -> Any:
-        # reading a value waits for the device, which a graph cannot hold
+        # reading a value waits for the device, which cannot be captured
         timestep.item()
         return pipe.unet(sample, timestep, text, **options)
 
