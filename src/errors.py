@@ -1,7 +1,7 @@
-"""The two kinds of failure that are worded for a person: a client's, and an operator's."""
+"""The two kinds of errors that are written for people: for clients, and for the operator."""
 
 MAX_QUOTED_CHARACTERS = 40
-"""How much of a value an error quotes."""
+"""The most that an error quotes of a value."""
 
 
 class JobError(Exception):
@@ -18,11 +18,11 @@ class JobError(Exception):
 
 
 class StartError(Exception):
-    """Why the worker cannot start, in one line for its operator.
+    """Why the worker cannot start, in one line for the operator.
 
     Args:
         message: the line.
-        may_recover: whether another start, perhaps on another host, may succeed.
+        may_recover: whether a restart, perhaps on another host, may succeed.
     """
 
     def __init__(self, message: str, *, may_recover: bool = False) -> None:
@@ -31,7 +31,7 @@ class StartError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """An error in one line; of one that is not worded for a person, with its type."""
+    """Formats an error as one line, with its type unless it was written for people."""
     line = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, JobError | StartError):
         return line
@@ -39,7 +39,7 @@ def one_line(error: BaseException) -> str:
 
 
 def shortened(value: object) -> str:
-    """``value`` as an error quotes it."""
+    """Formats ``value`` to be quoted in an error."""
     if isinstance(value, int) and value.bit_length() > 128:
         return "a huge number"
     text = printable(str(value))

@@ -9,14 +9,14 @@ class Scheduler:
     """One of diffusers' schedulers, set up for Stable Diffusion."""
 
     class_name: str
-    """Its class in diffusers, which is imported when it is first asked for."""
+    """The name of its class in diffusers, which is imported on first use."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What Stable Diffusion needs where the model's own scheduler is another one. Sources: the documentation of
-    diffusers' schedulers, and its conversion of Stable Diffusion checkpoints."""
+    """Options that Stable Diffusion needs when the model's own scheduler is another one. Sources: diffusers' docs on
+    schedulers, and its conversion of Stable Diffusion checkpoints."""
 
 
 SCHEDULERS = {
-    # without the Runge-Kutta steps at the start, which quadruple the cost of the first three steps and need four steps
+    # no Runge-Kutta steps at the start: they make three steps four times as expensive, and need at least four steps
     "PNDM": Scheduler("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),
     # the last step ends at the noise of the first training step; clipping to [-1, 1] is for pixels, latents exceed it
     "DDIM": Scheduler("DDIMScheduler", {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}),
@@ -40,4 +40,4 @@ TRAINED = frozenset(
         "rescale_betas_zero_snr",
     )
 )
-"""The configuration that is the model's rather than a scheduler's: with other values, every scheduler paints noise."""
+"""Configuration that belongs to the model, not to its scheduler: with other values, any scheduler generates noise."""

@@ -1,4 +1,4 @@
-"""Every environment variable that the worker reads, validated once, at start."""
+"""Every environment variable that the worker reads, validated once at startup."""
 
 import difflib
 import os
@@ -30,19 +30,19 @@ DEMO_MODEL_ID = "demo"
 
 def _digits(value: object) -> object:
     if isinstance(value, str) and not re.fullmatch(r"[+-]?[0-9]+", value):
-        # Python, and so pydantic, would take 1_0 and digits of any script
+        # int() and pydantic also accept 1_0 and the digits of other scripts
         raise PydanticCustomError("int_parsing", "not an integer")
     return value
 
 
 Integer = Annotated[int, BeforeValidator(_digits)]
-"""Its upper bound is there to catch a slipped digit, unless it has a source."""
+"""An upper bound without a stated source is there to catch typos."""
 
 
 class Settings(BaseModel):
     """The worker's settings. Each field is read from the environment variable of its name in capitals."""
 
-    # The documentation's table and the settings in RunPod's Hub are made from these lines.
+    # The README's table and the settings in RunPod's Hub are generated from these fields.
 
     model_config = ConfigDict(frozen=True, str_strip_whitespace=True)
 
@@ -158,7 +158,7 @@ def bounds(name: str) -> tuple[int, int]:
 
 
 def typo_hints(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """A line for each variable that is set and is no setting, but is named nearly like one."""
+    """A line for each environment variable whose name is almost that of a setting."""
     names = [name.upper() for name in Settings.model_fields]
     lines = []
     for variable in environment.keys() - set(names):
@@ -168,7 +168,7 @@ def typo_hints(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def _format_error(error: ErrorDetails) -> str:
-    """One of pydantic's errors, worded for the operator."""
+    """Words one of pydantic's errors for the operator."""
     if not error["loc"]:
         return error["msg"]
     name = str(error["loc"][0])
@@ -188,7 +188,7 @@ def _format_error(error: ErrorDetails) -> str:
 
 
 def on_runpod(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is a worker of a RunPod endpoint, which has been given the address to take jobs from."""
+    """Whether this is a worker of a RunPod endpoint: those are given an address to take jobs from."""
     return bool(environment.get("RUNPOD_WEBHOOK_GET_JOB"))
 
 

@@ -1,4 +1,4 @@
-"""The handler that RunPod's SDK calls: a job in, its output or one readable error out."""
+"""The handler that RunPod's SDK calls: takes a job, returns its output or one readable error."""
 
 import asyncio
 import errno
@@ -24,19 +24,19 @@ from src.settings import Settings
 log = RunPodLogger()
 
 KEPT_ANSWERS = 8
-"""Of up to ``MAX_RESULT_BYTES`` each. A job that is delivered again comes within seconds."""
+"""Each of up to ``MAX_RESULT_BYTES``. RunPod delivers a job again within seconds, if at all."""
 
 ProgressReports = Callable[[str, Callable[[], dict[str, Any]]], AbstractAsyncContextManager[None]]
-"""Reports a job's progress, which the callable returns, under the job's id for as long as its block runs."""
+"""Takes a job's id and a callable that returns its progress; reports that progress while its block runs."""
 
 
 class Worker:
     """Answers jobs, several at a time. ``handle`` is the ``handler`` for ``runpod.serverless.start``.
 
     Args:
-        engine: what generates.
+        engine: generates the pictures.
         settings: where pictures are stored, and how large a result may be.
-        progress_reports: in place of those to the platform.
+        progress_reports: replaces the reports to the platform.
     """
 
     def __init__(self, engine: Engine, settings: Settings, progress_reports: ProgressReports | None = None) -> None:
@@ -48,24 +48,24 @@ class Worker:
         self._kept: dict[str, dict[str, Any]] = {}
 
     async def handle(self, job: dict[str, Any]) -> dict[str, Any]:
-        """The output of ``job``, or its ``error``, with ``refresh_worker`` when the device is lost.
+        """Returns the output of ``job``, or its ``error``, with ``refresh_worker`` if the device is lost.
 
-        It raises only when it is cancelled: of anything else the SDK would send a traceback to the client. The log has
-        a failure's traceback under the job's id; this worker never logs prompts and pictures.
+        Raises only CancelledError: for any other exception, the SDK would send a traceback to the client. The log has
+        the traceback of a failure under the job's id; prompts and pictures are never logged.
         """
         if kept := self._kept.get(job["id"]):
             return dict(kept)
         answer = self._answering.get(job["id"])
-        # an answer that is being cancelled is none for a job that is delivered again meanwhile
+        # a job that is delivered again must not wait for an answer that is being cancelled
         if not answer or answer.cancelling():
             in_its_shape = openai.answer(job, self._answer, self._engine.model_name, bool(self._bucket))
             answer = self._answering[job["id"]] = asyncio.create_task(in_its_shape)
             answer.add_done_callback(partial(self._keep, job["id"]))
-        # a copy, since the SDK takes it apart
+        # a copy, because the SDK pops keys
         return dict(await answer)
 
     def _keep(self, job_id: str, answer: asyncio.Task[dict[str, Any]]) -> None:
-        """Keeps an answer for when the platform delivers its job again; an error is not kept, for ``/retry``."""
+        """Keeps an answer in case the platform delivers its job again, but no error, so that ``/retry`` works."""
         if self._answering.get(job_id) is answer:
             del self._answering[job_id]
         if not answer.cancelled() and "error" not in answer.result():

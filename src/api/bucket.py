@@ -10,30 +10,30 @@ from src.errors import JobError
 from src.settings import Settings
 
 LINK_SECONDS = 7 * 24 * 3600
-"""How long a link works, in seconds: a week, the most that signature version 4 allows."""
+"""How long a link works, in seconds: a week, the maximum of signature version 4."""
 DEFAULT_REGION = "us-east-1"
-"""What a storage without regions is signed for, as boto3 does."""
+"""The region that requests are signed for if the storage has none, as in boto3."""
 MAX_UPLOADS = 32
-"""At once. More than a worker has jobs, since the upload of a cancelled job goes on until its time-out."""
+"""At once. More than a worker has jobs, because a cancelled job's upload goes on until it times out."""
 
 
 class SignedLink(str):
-    """A link whose signature ``repr`` leaves out: at DEBUG the SDK logs each output."""
+    """A link whose ``repr`` leaves out the signature, because the SDK logs every output at DEBUG."""
 
     def __repr__(self) -> str:
         return repr(re.sub("(?<=X-Amz-Signature=)[^&]*", "...", self))
 
 
 class Bucket:
-    """A bucket that pictures go to.
+    """A bucket for pictures.
 
-    The SDK's own upload functions are not used: without credentials they write to the local disk and return its path as
-    if it were a link, and they send pictures without their content type. Nor is its client: of the storages' addresses
-    it finds the region in few, and it sends checksums in a form that few storages beside AWS know.
+    The SDK's upload functions are not used: without credentials they write to the local disk and return the path as if
+    it were a link, and they set no content type. Its client is not used either: it recognizes the region in few
+    addresses, and sends checksums in a form that few storages other than AWS accept.
     """
 
     def __init__(self, settings: Settings) -> None:
-        # here, since most endpoints have no bucket; for those that have, a start has begun it in the background
+        # imported here because most endpoints have no bucket; if there is one, ``prefetch`` has begun these imports
         import boto3
         from botocore.config import Config
 
@@ -55,18 +55,18 @@ class Bucket:
                 connect_timeout=10,
                 read_timeout=30,
                 max_pool_connections=MAX_UPLOADS,
-                # botocore's exponential backoff with jitter, at most 20 s a pause
+                # exponential backoff with jitter, at most 20 s per pause
                 retries={"mode": "standard", "total_max_attempts": 5},
             ),
         )
 
-        # a storage that redirects every request would have boto3 ask it for the bucket's region without end
+        # with a storage that redirects every request, boto3 would look for the bucket's region for ever
         self._client.meta.events.register_first("needs-retry.s3", _refuse_redirect)
-        # threads of their own, since a hung upload must not keep other jobs from being encoded
+        # threads of their own, so that a hung upload cannot block the encoding of other jobs
         self._threads = ThreadPoolExecutor(MAX_UPLOADS, thread_name_prefix="upload")
 
     async def upload_all(self, files: list[bytes], folder: str, output_format: str) -> list[str]:
-        """Stores a job's pictures, one after the other, and returns a link to each.
+        """Stores a job's pictures one after another and returns a link to each.
 
         Raises:
             JobError: as ``upload`` does.
@@ -87,7 +87,7 @@ class Bucket:
         """Stores a picture's file under ``key`` and returns a link to it that works for a week.
 
         Raises:
-            JobError: if the bucket cannot be reached, refuses or is elsewhere.
+            JobError: if the bucket cannot be reached, refuses the picture or is somewhere else.
         """
         from botocore.exceptions import BotoCoreError, ClientError
 
@@ -124,9 +124,9 @@ def _refuse_redirect(response: tuple[Any, dict[str, Any]] | None, **_: Any) -> N
 
 
 def address(url: str, name: str) -> tuple[str, str]:
-    """Takes the bucket's name off ``url``, whose host or path may hold it.
+    """Removes the bucket's name from ``url``, where it may begin the host or end the path.
 
-    A host keeps it unless three labels are left: it is the storage's own.
+    It stays in the host if fewer than three labels would remain: then it belongs to the storage itself.
 
     Returns:
         The endpoint, and boto3's ``addressing_style``: ``virtual`` if the host held the name, otherwise ``path``.
@@ -141,8 +141,10 @@ def address(url: str, name: str) -> tuple[str, str]:
 
 
 def region(endpoint: str) -> str:
-    """The region in a storage's address, as in ``s3.us-west-2.amazonaws.com``, ``s3.us-west-004.backblazeb2.com``,
-    ``s3.fr-par.scw.cloud`` or ``fra1.digitaloceanspaces.com``.
+    """Finds the region in a storage's address.
+
+    Examples: ``s3.us-west-2.amazonaws.com``, ``s3.us-west-004.backblazeb2.com``, ``s3.fr-par.scw.cloud``,
+    ``fra1.digitaloceanspaces.com``.
     """
     host = urlsplit(endpoint).hostname or ""
     found = re.match(r"s3[.-](?:dualstack\.)?([a-z]+(?:-[a-z0-9]+)+)\.|([a-z0-9]+)\.digitaloceanspaces\.com$", host)

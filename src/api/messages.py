@@ -1,4 +1,4 @@
-"""pydantic's errors about a request in the client's words."""
+"""Words pydantic's errors about a request for the client."""
 
 import difflib
 from collections.abc import Iterable
@@ -23,15 +23,15 @@ OTHER_NAMES = {
     "sampler_name": "scheduler",
     "size": "width and height",
 }
-"""What web UIs and other workers call a field, where the names are too different for fuzzy matching."""
+"""Names that web UIs and other workers use, too different from ours for fuzzy matching."""
 
 
 def describe_errors(errors: list[ErrorDetails], fields: Iterable[str]) -> str:
-    """All errors in one line, up to ``MAX_REPORTED_ERRORS``.
+    """Describes all errors in one line, at most ``MAX_REPORTED_ERRORS`` of them.
 
     Args:
         errors: from ``ValidationError.errors()``.
-        fields: the names of the fields there are.
+        fields: the names of all fields.
     """
     messages = [_describe(error, list(fields)) for error in errors[:MAX_REPORTED_ERRORS]]
     if len(errors) > len(messages):
@@ -40,7 +40,7 @@ def describe_errors(errors: list[ErrorDetails], fields: Iterable[str]) -> str:
 
 
 def kind_of(value: object) -> str:
-    """What an error calls a JSON value: a number or a boolean by its value, anything else by its type."""
+    """Describes a JSON value for an error: numbers and booleans by value, everything else by type."""
     match value:
         case None:
             return "nothing"
@@ -89,7 +89,7 @@ def _describe(error: ErrorDetails, fields: list[str]) -> str:
 
 
 def _nearest_field(name: str, fields: list[str]) -> str | None:
-    """The field that a name most likely means: another tool's name for it, part of its words, or a misspelling."""
+    """Guesses which field a name means: another tool's name for it, part of its words, or a misspelling."""
     name = name.lower()
     if name in OTHER_NAMES:
         return OTHER_NAMES[name]

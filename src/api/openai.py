@@ -1,7 +1,7 @@
-"""OpenAI's images API, mapped to this worker's: https://platform.openai.com/docs/api-reference/images/create.
+"""OpenAI's images API, mapped to the worker's own: https://platform.openai.com/docs/api-reference/images/create.
 
-RunPod makes a job of what a client sends to an endpoint's ``/openai/v1/...``: its input is
-``{"openai_route": "/v1/...", "openai_input": {...}}``, and its output is what the client gets.
+RunPod turns a call to an endpoint's ``/openai/v1/...`` into a job with the input
+``{"openai_route": "/v1/...", "openai_input": {...}}``, and returns the job's output to the client.
 """
 
 import re
@@ -12,18 +12,18 @@ from typing import Any
 from src.errors import JobError, shortened
 
 IMAGES, MODELS = "/v1/images/generations", "/v1/models"
-"""The routes that there are."""
+"""The supported routes."""
 NAMES = {"n": "num_images", "output_compression": "output_quality"}
-"""Fields of OpenAI's that a request has under another name."""
+"""OpenAI's names for fields that are called otherwise here."""
 WITHOUT_EFFECT = {"background", "model", "moderation", "quality", "safety_identifier", "style", "user"}
-"""Fields of OpenAI's that mean nothing here; whatever ``model`` says, one model is served."""
+"""OpenAI's fields that mean nothing here. There is only one model, whatever ``model`` says."""
 
 Answer = Callable[[dict[str, Any], bool], Awaitable[dict[str, Any]]]
-"""A job's output or its ``error``: of a job, and whether it may store its pictures in the bucket."""
+"""Takes a job and whether its pictures may go to the bucket; returns the job's output or ``error``."""
 
 
 async def answer(job: dict[str, Any], answer_job: Answer, model_name: str, has_bucket: bool) -> dict[str, Any]:
-    """Answers a job that came through OpenAI's API as that API does, and any other as ``answer_job`` does."""
+    """Answers a job that came through OpenAI's API in that API's shape, and any other with ``answer_job``."""
     call = job.get("input")
     if not (isinstance(call, dict) and "openai_route" in call):
         return await answer_job(job, True)
@@ -48,10 +48,10 @@ async def answer(job: dict[str, Any], answer_job: Answer, model_name: str, has_b
 
 
 def request_input(body: object) -> object:
-    """What ``ImageRequest`` is made from, for the body of a call to ``IMAGES``.
+    """Converts the body of a call to ``IMAGES`` to the input of an ``ImageRequest``.
 
     Raises:
-        JobError: if its ``size`` is none.
+        JobError: if ``size`` is invalid.
     """
     if not isinstance(body, dict):
         return body
@@ -67,7 +67,7 @@ def request_input(body: object) -> object:
 
 
 def _wants_file(body: dict[str, Any], has_bucket: bool) -> bool:
-    """Whether the answer must hold the picture itself, where there is a bucket for it."""
+    """Whether the client asks for the picture itself, even if there is a bucket."""
     wanted = body.get("response_format")
     if wanted not in (None, "b64_json", "url") or (wanted == "url" and not has_bucket):
         allowed = "b64_json or url" if has_bucket else "b64_json, since this endpoint has no bucket"
@@ -81,7 +81,7 @@ def _image(image: dict[str, Any]) -> dict[str, Any]:
 
 
 def _error(message: str) -> dict[str, Any]:
-    """A job's error in OpenAI's shape, which calls fields by OpenAI's names."""
+    """Converts a job's error to OpenAI's shape, with OpenAI's names of the fields."""
     is_invalid = message.startswith("invalid input: ")
     if is_invalid:
         theirs = {ours: name for name, ours in NAMES.items()} | {"width": "size", "height": "size"}

@@ -15,7 +15,7 @@ SHARED_FIELDS = ImageRequest.fields_without(Mark.PER_IMAGE)
 
 
 class OutputImage(TypedDict):
-    """One image of a job's output: the picture itself, or a link to it where a bucket is set up."""
+    """One image of a job's output: the picture, or a link to it if there is a bucket."""
 
     image: Annotated[NotRequired[str], Field(description="The picture's file in base64, without a `data:` prefix")]
     image_url: Annotated[
@@ -44,7 +44,7 @@ OutputParameters = TypedDict(
         ],
     },
 )
-"""What all images of a job's output share: the fields that one batch shares, as they were used, and more."""
+"""What all images of a job's output share: the fields that a batch shares, as they were used, and a few more."""
 
 
 class OneImage(OutputImage, OutputParameters):
@@ -58,7 +58,7 @@ class SeveralImages(OutputParameters):
 
 
 def encode_all(request: ImageRequest, pictures: list[Picture], model_name: str) -> list[bytes]:
-    """The file of each picture, in the format and with the quality that ``request`` asks for."""
+    """Encodes each picture in the format and quality that ``request`` asks for."""
     return [
         encode(
             picture.image,
@@ -79,18 +79,18 @@ def job_output(
     max_result_bytes: int,
     links: list[str] | None = None,
 ) -> dict[str, Any]:
-    """What the client reads of a finished job.
+    """Builds the output of a finished job.
 
     Args:
-        request: what was asked.
-        pictures: the generated ones, in the order of the seeds.
-        warnings: what the client should know; left out of the output when empty.
-        model_name: what clients know the model by.
-        max_result_bytes: the largest result that the platform takes, in bytes.
-        links: where each picture is stored; without them the output holds the pictures.
+        request: the job's request.
+        pictures: the generated pictures, in the order of the seeds.
+        warnings: for the client; left out if empty.
+        model_name: the name that clients see.
+        max_result_bytes: the largest result that the platform accepts, in bytes.
+        links: where each picture is stored; without links, the output holds the pictures.
 
     Raises:
-        JobError: if the result is larger than the platform takes.
+        JobError: if the result is larger than that.
     """
     images: list[OutputImage] = [{"seed": picture.seed, "nsfw_content_detected": picture.nsfw} for picture in pictures]
     if links:

@@ -1,25 +1,25 @@
-"""A picture, and its file with the parameters that it was generated with."""
+"""A picture, and its file, which includes the parameters that it was generated with."""
 
 import io
 import struct
 from dataclasses import dataclass
 from typing import get_args
 
-# without WebP's plugin, Pillow would import those of all formats for the first of its pictures
+# without this import, the first WebP picture would make Pillow import the plugins of all formats
 from PIL import ExifTags, Image, TiffTags, WebPImagePlugin  # noqa: F401
 from PIL.PngImagePlugin import PngInfo
 
 from src.api.request import ImageRequest, Mark, OutputFormat
 
 NAMED_FIELDS = {"width", "height", "num_inference_steps", "guidance_scale", "scheduler"}
-"""The fields that Stable Diffusion tools call by names of their own in a picture's parameters."""
+"""Fields that Stable Diffusion tools have their own names for in a picture's parameters."""
 
 
 @dataclass(frozen=True)
 class Picture:
     """One generated image, RGB, of the request's size.
 
-    ``nsfw`` says whether the safety checker blanked it; None where the model has no checker.
+    ``nsfw`` says whether the safety checker blanked it; None without a checker.
     """
 
     image: Image.Image
@@ -28,7 +28,7 @@ class Picture:
 
 
 def parameters(request: ImageRequest, seed: int, model_name: str) -> str:
-    """The text from which Stable Diffusion tools read how a picture was made."""
+    """Returns the text in which Stable Diffusion tools look for a picture's parameters."""
     lines = [request.prompt]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
@@ -49,15 +49,15 @@ def parameters(request: ImageRequest, seed: int, model_name: str) -> str:
 
 
 def encode(image: Image.Image, text: str, output_format: OutputFormat, quality: int) -> bytes:
-    """``image`` as a file, with ``text`` where Stable Diffusion tools look for it.
+    """Encodes ``image``, with ``text`` where Stable Diffusion tools look for it.
 
-    That is a PNG's ``parameters`` chunk, and EXIF's UserComment in the other formats.
+    That is the ``parameters`` chunk of a PNG, and EXIF's UserComment in other formats.
 
     Args:
         image: the picture, RGB.
         text: what ``parameters`` returns.
         output_format: of the file.
-        quality: 1 to 100, of formats that lose something.
+        quality: 1 to 100, for lossy formats.
     """
     file = io.BytesIO()
     if output_format == "png":
@@ -70,7 +70,7 @@ def encode(image: Image.Image, text: str, output_format: OutputFormat, quality: 
 
 
 def warm_up() -> None:
-    """Encodes a picture in each format, so that what Pillow imports for it is there before the first job."""
+    """Encodes a picture in each format, so that Pillow has imported its plugins before the first job."""
     for output_format in get_args(OutputFormat):
         encode(Image.new("RGB", (8, 8)), "", output_format, quality=90)
 
@@ -78,7 +78,7 @@ def warm_up() -> None:
 def _exif(comment: bytes) -> bytes:
     """EXIF with ``comment`` as its UserComment, in big-endian order.
 
-    Pillow's own Exif writes bytes as BYTE; the standard wants UNDEFINED here, and tools read nothing else.
+    Pillow's Exif class writes bytes as BYTE, but the standard requires UNDEFINED here, and tools read nothing else.
     """
     header = struct.pack(">2sHI", b"MM", 42, 8)
     # each directory: the number of its entries; tag, type, count, offset; no directory after it

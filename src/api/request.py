@@ -36,11 +36,11 @@ MIN_SIZE = 64
 """Width and height in pixels: latents of 8 x 8, which the UNet still halves three times."""
 MAX_STEPS = 150
 MAX_GUIDANCE = 30
-"""Maxima of AUTOMATIC1111's sliders, as is ``MAX_STEPS``."""
+"""This and ``MAX_STEPS`` are the maxima of AUTOMATIC1111's sliders."""
 MAX_IMAGES = 4
 """As in Cog's Stable Diffusion. Four PNGs of 1024 x 1024 come near the platform's limit for a result."""
 RANDOM_SEED = -1
-"""Asks for the default, as in web UIs and RunPod's public endpoints."""
+"""Means the default, as in web UIs and RunPod's public endpoints."""
 MAX_SEED = 2**53 - 1
 """The largest integer that a JSON client can hold exactly (IEEE 754 double)."""
 
@@ -50,7 +50,7 @@ _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """A model's defaults for a request, and the largest image that it generates.
+    """A model's defaults for a request, and its limits.
 
     ``native_size`` and ``max_size`` are in pixels, for width and height alike.
     """
@@ -63,7 +63,7 @@ class ModelLimits:
 
 
 class Mark(Enum):
-    """Says of a field what is not so of most: that batches share it, and that the pipeline takes it by its name."""
+    """Exceptions: most fields are shared by a batch, and passed to the pipeline under their own names."""
 
     PER_IMAGE = auto()
     """The images of one batch may differ in it."""
@@ -72,7 +72,7 @@ class Mark(Enum):
 
 
 def _whole_number(value: object) -> object:
-    """JSON has one kind of number: 512.0 is the integer 512."""
+    """JSON has only one kind of number, so 512.0 is the integer 512."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -100,8 +100,8 @@ Text = Annotated[StrictStr, AfterValidator(_plain_text)]
 class ImageRequest(BaseModel):
     """One job's input, complete and within bounds."""
 
-    # All that depends on a field is made from its line here: the pipeline's call, what can share a batch, a job's
-    # output, a picture's parameters, the JSON Schemas, the documentation's table.
+    # Everything that depends on a field is derived from its line here: the pipeline's call, what can share a batch, a
+    # job's output, a picture's parameters, the JSON Schemas, the README's table.
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -138,13 +138,13 @@ class ImageRequest(BaseModel):
             limits: the model's defaults and bounds.
 
         Raises:
-            JobError: naming every fault at once.
+            JobError: listing every fault.
         """
         if not isinstance(job_input, dict):
             raise JobError(f'invalid input: must be an object such as {{"prompt": "..."}}, got {kind_of(job_input)}')
         unknown = len(job_input.keys() - cls.model_fields.keys())
         if unknown > len(cls.model_fields):
-            # pydantic would take seconds for a million of them, and keep the event loop from all else
+            # with a million of them, pydantic would block the event loop for seconds
             raise JobError(f"invalid input: {unknown:,} unknown fields, there are only {', '.join(cls.model_fields)}")
         try:
             return cls.model_validate(job_input, context=limits)
@@ -153,12 +153,12 @@ class ImageRequest(BaseModel):
 
     @classmethod
     def fields_without(cls, mark: Mark) -> list[str]:
-        """The names of the fields that do not have ``mark``."""
+        """The names of the fields without ``mark``."""
         return [name for name, field in cls.model_fields.items() if mark not in field.metadata]
 
     @property
     def batch_key(self) -> tuple[object, ...]:
-        """Images of requests with the same key can share a batch."""
+        """Requests with the same key can share a batch."""
         return tuple(getattr(self, name) for name in self.fields_without(Mark.PER_IMAGE))
 
     @property
