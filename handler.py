@@ -73,7 +73,8 @@ def build_worker(settings: "Settings", progress_reports: "ProgressReports | None
         if str(error) != PRODUCED_NAN:
             raise
         with repository.naming(settings):
-            raise StartError(NO_PICTURE) from error
+            # the card may be at fault
+            raise StartError(NO_PICTURE, may_recover=True) from error
     picture.warm_up()
     log.info(f"warm-up: {time.monotonic() - loaded:.1f} s")
     log.info(f"ready: {memory_in_use()}, {time.monotonic() - begun:.1f} s in all")
