@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from multiprocessing import util
 from typing import Any
 
 import runpod
@@ -31,6 +32,11 @@ def install() -> None:
     # for all processes and locks: the SDK makes the memory that it shares with the heartbeat itself
     multiprocessing.set_start_method("spawn", force=True)
     worker.heartbeat = Heartbeat()
+
+
+def release() -> None:
+    """Frees what the worker shares with the process; ``os._exit`` does not, and multiprocessing would warn of it."""
+    util._run_finalizers(0)  # type: ignore[attr-defined]
 
 
 class Heartbeat:

@@ -83,6 +83,7 @@ class WorkerLoop:
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signal_number, self._shut_down)
         loop.run_until_complete(self.run())
+        heartbeat.release()
         log_output.drain()
         # Python's own exit would wait for the engine's thread, which may be in a call that never ends
         os._exit(self._exit_code)
