@@ -33,19 +33,19 @@ def variables(instruction: str) -> dict[str, str]:
     return dict(re.findall(r"(\w+)=(\S*)", " ".join(re.findall(rf"^{instruction} (.+)$", DOCKERFILE, re.M))))
 
 
-def test_what_is_copied_is_there_and_let_in():
+def test_copied_files_exist_and_are_in_the_build_context():
     let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     for name, _ in copied():
         assert (ROOT / name).exists()
         assert any(name == allowed or name.startswith(f"{allowed}/") for allowed in let_in), name
 
 
-def test_another_model_is_one_flag_away():
+def test_another_model_needs_one_build_argument():
     # the fetch knows the revision of the default model
     assert variables("ARG").items() >= {"MODEL_ID": DEFAULT_MODEL_ID, "MODEL_REVISION": ""}.items()
 
 
-def test_every_requirement_is_pinned_as_the_image_has_it():
+def test_requirements_are_pinned_to_the_images_versions():
     required = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
     pinned = (ROOT / "builder" / "constraints.txt").read_text().lower().splitlines()
     assert required
@@ -57,13 +57,13 @@ def test_every_requirement_is_pinned_as_the_image_has_it():
     assert not [line for line in pinned if re.match("(torch|triton|cuda-|nvidia-)", line)]
 
 
-def test_a_container_runtime_is_asked_for_the_gpu():
+def test_image_requests_the_gpu_from_the_container_runtime():
     set_by_nvidia = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
     assert variables("ENV").items() >= set_by_nvidia.items()
 
 
 @pytest.mark.process
-def test_what_is_copied_suffices_to_fetch_a_model_and_to_start_with_it(v1_4_repository: Path, tmp_path: Path):
+def test_copied_files_suffice_to_fetch_a_model_and_start_with_it(v1_4_repository: Path, tmp_path: Path):
     app, model = tmp_path / "app", tmp_path / "model"
     app.mkdir()
 
@@ -103,7 +103,7 @@ def test_what_is_copied_suffices_to_fetch_a_model_and_to_start_with_it(v1_4_repo
     assert "ready: " in printed
 
 
-def test_every_host_of_cuda_12_4_to_13_3_is_allowed():
+def test_hosts_with_cuda_12_4_to_13_3_are_allowed():
     every = [f"12.{minor}" for minor in range(4, 10)] + [f"13.{minor}" for minor in range(4)]
     for file in ("hub.json", "tests.json"):
         assert json.loads((ROOT / ".runpod" / file).read_text())["config"]["allowedCudaVersions"] == every
@@ -111,7 +111,7 @@ def test_every_host_of_cuda_12_4_to_13_3_is_allowed():
     assert oldest == every[0]
 
 
-def test_the_icon_is_a_small_picture():
+def test_icon_is_a_small_picture():
     kind, _, icon = json.loads((ROOT / ".runpod" / "hub.json").read_text())["iconUrl"].partition(",")
     assert kind == "data:image/png;base64"
     assert len(icon) < 10_000
@@ -120,7 +120,7 @@ def test_the_icon_is_a_small_picture():
         assert picture.size == (128, 128)
 
 
-def test_the_containers_disk_has_room_for_the_image_and_4_gb_more():
+def test_container_disk_has_room_for_the_image_and_4_gb_more():
     (total,) = re.findall(r"^\| all \| ([\d.]+) \|", (ROOT / "builder" / "README.md").read_text(), re.M)
     disk = json.loads((ROOT / ".runpod" / "hub.json").read_text())["config"]["containerDiskInGb"]
     assert float(total) + 4 <= disk

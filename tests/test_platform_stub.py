@@ -1,4 +1,4 @@
-"""The stand-in of RunPod's platform does what RunPod's documents say, as far as clients can see it."""
+"""The stand-in for RunPod's platform behaves towards clients as RunPod's documents say."""
 
 import itertools
 import time
@@ -16,7 +16,7 @@ TAKE = "job-take/worker-1"
 
 @pytest.fixture
 def stub() -> Iterator[Platform]:
-    """A platform without a worker, on which a minute passes in a second: the test itself takes and answers jobs."""
+    """A platform without workers, 60 times faster than RunPod. Tests take and answer its jobs themselves."""
     with serving(speed=60) as stub:
         yield stub
 
@@ -53,23 +53,25 @@ def test_webhook_gets_the_whole_job(client: Client):
     assert second["error"] == "invalid input: prompt: required"
 
 
-def test_webhook_is_tried_three_times_ten_seconds_apart(client: Client, capfd: pytest.CaptureFixture[str]):
+def test_webhook_is_tried_three_times_ten_seconds_apart(
+    stub: Platform, client: Client, capfd: pytest.CaptureFixture[str]
+):
     with receiver(500, 201, 404, 200) as (url, received):
         job = client.post("run", {"input": {}, "webhook": url})["id"]
         finish(client, take(client))
         until(lambda: len(received) == 3)
-        time.sleep(0.4)
+        until(lambda: not stub.background)
     assert len(received) == 3
     times = [at for at, _ in received]
     assert all(later - earlier >= 10 / 60 for earlier, later in itertools.pairwise(times))
     assert f"webhook of job {job}, attempt 3 of 3: it answered 404" in capfd.readouterr().err
 
 
-def test_cancelled_job_calls_no_webhook(client: Client):
+def test_cancelled_job_calls_no_webhook(stub: Platform, client: Client):
     with receiver(200) as (url, received):
         job = client.post("run", {"input": {}, "webhook": url})["id"]
         client.post(f"cancel/{job}")
-        time.sleep(0.3)
+        until(lambda: not stub.background)
     assert received == []
 
 
@@ -124,8 +126,8 @@ def test_result_is_kept_for_its_retention_time(stub: Platform, client: Client, p
     job = client.post(path, {"input": {}})["id"]
     finish(client, take(client), error="out of luck")
     assert client.get(f"status/{job}")["status"] == "FAILED"
+    # nearly half of the time for which a result is kept, which begins anew when the job is retried
     time.sleep(0.7)
-    # sent again, its result is kept as long as any other
     assert client.post(f"retry/{job}")["status"] == "IN_QUEUE"
     finish(client, take(client))
     finished = time.monotonic()
