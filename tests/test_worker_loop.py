@@ -306,13 +306,13 @@ def test_job_stopped_before_its_first_step_is_neither_handled_nor_counted():
 
 
 def test_second_stop_signal_does_not_interrupt_what_the_first_one_began(stub: Platform):
-    cleaned_up = list[str]()
+    cleaned_up, may_end = list[str](), threading.Event()
 
     async def clean_up(job: dict[str, Any]) -> dict[str, Any]:
         try:
             await asyncio.sleep(30)
         finally:
-            await asyncio.sleep(0.5)
+            await asyncio.to_thread(may_end.wait, 20)
             cleaned_up.append(job["id"])
         return {}
 
@@ -323,6 +323,7 @@ def test_second_stop_signal_does_not_interrupt_what_the_first_one_began(stub: Pl
         until(lambda: JobsProgress().get_job_count())
         for _ in range(2):
             send_stop(stub, job)
+        may_end.set()
         until(lambda: not JobsProgress().get_job_count())
         assert cleaned_up == [job]
 
