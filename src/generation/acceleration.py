@@ -11,9 +11,9 @@ def accelerate(pipe: StableDiffusionPipeline, settings: Settings) -> GraphedStep
     """Applies ``settings`` to a pipeline on its device.
 
     Returns:
-        The UNet's CUDA graphs, if they are asked for and there is a CUDA device.
+        The UNet's CUDA graphs, if they are on and there is a CUDA device.
     """
-    # image by image: decoding a batch at once would need more memory than denoising it
+    # one image at a time: decoding a whole batch would need more memory than denoising it
     pipe.vae.enable_slicing()
     graphs = None
     if settings.acceleration == "graphs" and pipe.device.type == "cuda":

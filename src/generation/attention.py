@@ -48,7 +48,7 @@ class FusedSlicedAttnProcessor:
             projected = attn.to_q(hidden_states), *attn.to_kv(context).chunk(2, dim=-1)
         else:
             projected = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        # the fused kernels want (images, heads, tokens, channels of a head)
+        # the fused kernels expect (images, heads, tokens, channels of a head)
         query, key, value = (
             each.unflatten(2, (attn.heads, -1)).transpose(1, 2).chunk(self.steps, dim=1) for each in projected
         )
@@ -74,6 +74,6 @@ def enable_attention_slicing(pipe: StableDiffusionPipeline, slice_size: str) -> 
     """``pipe.enable_attention_slicing(slice_size)`` with fused attention: ``auto`` two steps, ``max`` head by head."""
     pipe.enable_attention_slicing(slice_size)
     for module in pipe.unet.modules():
-        # attention of another kind keeps diffusers' slices
+        # other kinds of attention keep diffusers' slices
         if isinstance(module, Attention) and type(module.processor) is SlicedAttnProcessor:
             module.set_processor(FusedSlicedAttnProcessor(2 if slice_size == "auto" else module.heads))

@@ -31,8 +31,8 @@ class BatchRunner:
 
     Args:
         pipe: loaded, on its device.
-        model_name: what clients know the model by.
-        graphs: the UNet's CUDA graphs, where they are used.
+        model_name: the name that clients see.
+        graphs: the UNet's CUDA graphs, if they are used.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline, model_name: str, graphs: GraphedStep | None = None) -> None:
@@ -58,8 +58,8 @@ class BatchRunner:
         Args:
             requests: one per image, all with the same ``batch_key``.
             seeds: one per image; noise is drawn on the CPU so a seed means the same image on every device.
-            after_step: called after each denoising step with the share of the steps that are done, from 0 to 1. An
-                exception that it raises ends the call.
+            after_step: called after each denoising step with the share of steps done, from 0 to 1. If it raises an
+                exception, that ends the call.
 
         Returns:
             For each image the picture, or why there is none.
@@ -75,11 +75,11 @@ class BatchRunner:
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="pt",
                 callback_on_step_end=partial(_report_step, after_step),
-                # any name makes diffusers call locals(), which keeps all tensors of a step
+                # with any name, diffusers calls locals(), which keeps all tensors of a step alive
                 callback_on_step_end_tensor_inputs=[],
             )
         finally:
-            # a scheduler keeps the latest steps' tensors
+            # a used scheduler keeps the tensors of its latest steps alive
             self._pipe.scheduler = own_scheduler
             if self._graphs:
                 self._graphs.end_batch()
@@ -91,7 +91,7 @@ class BatchRunner:
         ]
 
     def release_memory(self) -> None:
-        """Returns what is kept for later batches to the device: CUDA graphs, and the allocator's cache."""
+        """Frees what is kept for later batches: CUDA graphs, and the allocator's cache."""
         if self._graphs:
             self._graphs.clear()
         torch.cuda.empty_cache()
@@ -103,13 +103,13 @@ class BatchRunner:
             text, max_tokens = getattr(request, name), self._pipe.tokenizer.model_max_length
             spans = self._pipe.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
             if len(spans) > max_tokens:
-                # the end token takes the last place
+                # the last position holds the end token
                 rest = text[spans[max_tokens - 1][0] :]
                 warnings.append(f'{name}: longer than {max_tokens} tokens, this part was not used: "{rest}"')
         return warnings
 
     def _new_scheduler(self, name: str) -> Any:
-        """A scheduler without state, made from the configuration of the model's own."""
+        """Creates a scheduler without state from the configuration of the model's own."""
         own = self._pipe.scheduler
         if name == self._own_scheduler:
             # from_config would undo what the pipeline corrects in old configurations
@@ -122,7 +122,7 @@ class BatchRunner:
             for key, value in own.config.items()
             if key in TRAINED or key not in defaults or value != defaults[key].default
         }
-        # diffusers' own list of what to drop, which holds what the model was trained with
+        # diffusers' own list of what to drop, which includes what the model was trained with
         config.pop("_use_default_values", None)
         scheduler = SCHEDULERS[name]
         return getattr(diffusers, scheduler.class_name).from_config(config, **scheduler.options)
@@ -137,13 +137,13 @@ def _report_step(
 
 
 def _to_host(images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Copies a batch to the host in one go, and so waits for the device once.
+    """Copies a batch to the host in one go, to wait for the device only once.
 
     Args:
-        images: (images, 3, height, width) of numbers from 0 to 1, or NaN.
+        images: floating point, (images, 3, height, width), from 0 to 1, or NaN.
 
     Returns:
-        Pixels, uint8 (images, height, width, 3), and whether all numbers of an image are finite, bool (images,).
+        Pixels, uint8 (images, height, width, 3), and whether every value of an image is finite, bool (images,).
     """
     count, channels, height, width = images.shape
     finite = images.isfinite().flatten(1).all(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What an exception of the device means, and what the client reads of it."""
+"""What an exception from the device means, and what the client is told."""
 
 import sys
 import traceback
@@ -17,7 +17,7 @@ OUT_OF_MEMORY = (
     # PyTorch, when every engine that cuDNN offers asks for more than there is
     "unable to find an engine to execute this computation",
 )
-"""Parts of the messages when the device's memory does not suffice."""
+"""Parts of the messages of out-of-memory errors."""
 
 DEVICE_LOST = (
     "an illegal memory access was encountered",
@@ -32,24 +32,24 @@ DEVICE_LOST = (
     "uncorrectable NVLink error detected",
     "unspecified launch failure",
 )
-"""CUDA errors after which, by CUDA's documentation of ``cudaError_t``, only a new process can use the device.
+"""CUDA errors after which only a new process can use the device, according to CUDA's documentation of ``cudaError_t``.
 
-Of the two that are uncorrectable it does not say so.
+The two uncorrectable errors are an exception: the documentation does not say so.
 """
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device's memory did not suffice, by the messages of PyTorch, cuBLAS, cuDNN and the driver.
+    """Whether the device ran out of memory, judging by the messages of PyTorch, cuBLAS, cuDNN and the driver.
 
-    A CUDA graph's capture reports another error in place of the first one, which is then its context.
+    While a CUDA graph is captured, a generic error is raised and the cause is its ``__context__``.
     """
     return _says(error, OUT_OF_MEMORY)
 
 
 def is_device_lost(error: BaseException) -> bool:
-    """Whether the CUDA context is poisoned, so that it answers every later call with an error.
+    """Whether the CUDA context is corrupted, so that every later call fails as well.
 
-    Other errors of a launch, such as an invalid configuration, fail one call alone.
+    Other launch errors, such as an invalid configuration, fail only one call.
     """
     if _says(error, DEVICE_LOST):
         return True
@@ -65,20 +65,20 @@ def is_device_lost(error: BaseException) -> bool:
 
 
 def release_frames(error: BaseException) -> None:
-    """Lets go of the local variables that an exception's traceback keeps, tensors among them; its text stays."""
+    """Frees the local variables, tensors included, that an exception's traceback keeps alive; its text stays."""
     for each in _chain(error):
         traceback.clear_frames(each.__traceback__)
 
 
 def device_fault(cause: BaseException) -> JobError:
-    """The error of every job that the worker holds when the device is lost."""
+    """The error for every job that the worker holds when the device is lost."""
     fault = JobError("the GPU failed and this worker is being replaced: send the job again", refresh_worker=True)
     fault.__cause__ = cause
     return fault
 
 
 def does_not_fit(request: ImageRequest, limits: ModelLimits, cause: BaseException) -> JobError:
-    """The error of a request of which a single image does not fit in memory."""
+    """The error for a request whose images do not fit in memory even one at a time."""
     native = limits.native_size
     instead = f"{native} x {native}" if request.width * request.height > native**2 else "a smaller one"
     fault = JobError(f"an image of {request.width} x {request.height} did not fit in GPU memory: ask for {instead}")
@@ -87,7 +87,7 @@ def does_not_fit(request: ImageRequest, limits: ModelLimits, cause: BaseExceptio
 
 
 def _says(error: BaseException, phrases: tuple[str, ...]) -> bool:
-    """Whether an exception of the device, or one that led to it, has any of the phrases in it."""
+    """Whether a RuntimeError, or one that led to it, contains any of ``phrases``."""
     texts = [str(each) for each in _chain(error) if isinstance(each, RuntimeError)]
     return any(phrase in text for phrase in phrases for text in texts)
 

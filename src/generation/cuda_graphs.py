@@ -1,4 +1,4 @@
-"""The UNet as CUDA graphs: a step of a known shape takes a few launches instead of hundreds."""
+"""Runs the UNet as CUDA graphs: a step of a known shape takes a few launches instead of hundreds."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,15 +14,15 @@ log = RunPodLogger()
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Latents (n, channels, height / 8, width / 8), timestep (), text embeddings (n, tokens, width), on one device.
 
-With guidance n is twice the number of images.
+With guidance, n is twice the number of images.
 """
 Step = Callable[..., torch.Tensor]
-"""Predicts from ``Inputs`` a tensor of the latents' shape."""
+"""Takes ``Inputs`` and predicts a tensor of the latents' shape."""
 
 MAX_GRAPHS = 32
-"""Graphs kept at once: eight sizes in batches of 1 to 4 images. They share their memory, so one more takes little."""
+"""Enough for eight sizes in batches of 1 to 4 images. Graphs share their memory, so one more takes little."""
 WARM_UP_RUNS = 3
-"""Before a capture, as in ``torch.cuda.make_graphed_callables``: cuDNN and cuBLAS choose their kernels in them."""
+"""Runs before a capture, in which cuDNN and cuBLAS choose kernels, as in ``torch.cuda.make_graphed_callables``."""
 
 
 class CaptureInvalidated(RuntimeError):
@@ -30,17 +30,17 @@ class CaptureInvalidated(RuntimeError):
 
 
 class GraphedStep:
-    """A UNet's ``forward`` that captures a graph for a shape which comes back, and replays it from then on.
+    """A UNet's ``forward`` that captures a graph for each recurring shape and replays it from then on.
 
-    The first batch is the warm-up's: its shape is captured at once. Any other shape is captured when a second batch
-    has it, so that sizes which are asked for once cost no capture. A call with arguments that a graph does not know
-    runs eagerly, and so does a shape that does not fit in memory.
+    The shape of the first batch, which is the warm-up, is captured at once. Any other shape is captured when a second
+    batch has it, so a size that is asked for only once costs no capture. Calls with arguments that a graph does not
+    support run eagerly, and so do shapes that do not fit in memory.
 
-    At most ``max_graphs`` graphs are kept; the least recently used is dropped first.
+    At most ``max_graphs`` graphs are kept; the least recently used one is dropped first.
 
-    After ``CaptureInvalidated`` nothing is captured any more, and the graphs that exist go on. PyTorch 2.13 then never
-    frees the memory that the graphs share, not even once they are dropped: it is lost to everything else until the
-    process ends (mended by https://github.com/pytorch/pytorch/pull/190348). Since capturing ends, that happens once.
+    After ``CaptureInvalidated`` nothing more is captured; existing graphs stay in use. PyTorch 2.13 then never frees
+    the memory that the graphs share, even when they are dropped (fixed by
+    https://github.com/pytorch/pytorch/pull/190348). Capturing ends so that this can happen only once.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class GraphedStep:
         self._graphs: OrderedDict[tuple[Any, ...], Step] = OrderedDict()
         self._batches = 0
         self._first_batch: dict[tuple[Any, ...], int] = {}
-        """By shape, the number of batches that were done when it was first met."""
+        """By shape, how many batches had ended when it was first seen."""
         self._too_large: set[tuple[Any, ...]] = set()
         self._capturing = True
 
@@ -70,7 +70,7 @@ class GraphedStep:
         """``UNet2DConditionModel.forward`` as ``StableDiffusionPipeline`` calls it."""
         if return_dict or any(value is not None for value in others.values()):
             return self._forward(sample, timestep, encoder_hidden_states, return_dict=return_dict, **others)
-        # schedulers count in int64 or float32; the UNet makes it float32 first thing
+        # schedulers use int64 or float32; the UNet begins by converting to float32
         inputs = (sample, timestep.to(sample.device, torch.float32), encoder_hidden_states)
         key = tuple((each.shape, each.dtype) for each in inputs)
         if key in self._graphs:
@@ -81,7 +81,7 @@ class GraphedStep:
         return (step(*inputs),)
 
     def end_batch(self) -> None:
-        """Says that the steps from now on are another batch's."""
+        """Marks the end of a batch: later steps belong to another one."""
         self._batches += 1
 
     def clear(self) -> None:
@@ -107,7 +107,7 @@ class GraphedStep:
         shape = " x ".join(map(str, inputs[0].shape))
         log.warn(f"no CUDA graph for latents of {shape}, computed without: {type(failure).__name__}: {failure}")
         if is_out_of_memory(failure) and not isinstance(failure, CaptureInvalidated):
-            # what the other graphs hold may be what is missing
+            # the memory that the other graphs hold may be enough
             self._too_large.add(key)
             self.clear()
             torch.cuda.empty_cache()
@@ -116,10 +116,10 @@ class GraphedStep:
 
 
 class Pace:
-    """Keeps the host from running further ahead of the device than one step.
+    """Keeps the host at most one step ahead of the device.
 
-    A replay is so few launches that all steps of a batch would fit into the launch queue: progress would be reported
-    before it is made, and the steps of a cancelled job could not be taken back.
+    A replay takes so few launches that the launch queue could hold all steps of a batch: progress would be reported
+    too early, and the remaining steps of a cancelled job could not be stopped.
     """
 
     def __init__(self, new_event: Callable[[], Any]) -> None:
@@ -127,7 +127,7 @@ class Pace:
         self._latest: Any = None
 
     def wait_for_previous_step(self) -> None:
-        """Waits until the device has done the step before."""
+        """Waits until the device has finished the previous step."""
         event, before = self._new_event(), self._latest
         event.record()
         self._latest = event
@@ -136,11 +136,11 @@ class Pace:
 
 
 class Capture:
-    """Captures steps as CUDA graphs, which share their memory, since one runs at a time."""
+    """Captures steps as CUDA graphs, which can share memory because only one runs at a time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        # one for all captures: cuBLAS keeps a workspace for each stream that it has seen
+        # the same for all captures, because cuBLAS keeps a workspace for each stream that it has seen
         self._side = torch.cuda.Stream()
         self._pace = Pace(lambda: torch.cuda.Event(blocking=True))
 
@@ -148,9 +148,9 @@ class Capture:
         """Runs ``step`` until its kernels are chosen, then captures it.
 
         Raises:
-            CaptureInvalidated: if it does what a graph cannot hold, such as waiting for the device, or needs more
-                memory than there is while it is captured.
-            RuntimeError: if it fails before that.
+            CaptureInvalidated: if it does something that cannot be captured, such as waiting for the device, or runs
+                out of memory during the capture.
+            RuntimeError: if it fails before the capture.
         """
         static = [each.clone() for each in inputs]
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -161,20 +161,20 @@ class Capture:
                     step(*static)
             current.wait_stream(self._side)
             try:
-                # other threads, such as those that encode pictures, may go on meanwhile
+                # thread_local, so that threads that encode pictures can go on meanwhile
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
                     predicted = step(*static)
             except Exception as error:
                 raise CaptureInvalidated(f"{type(error).__name__}: {error}") from error
         finally:
-            # a failed capture may leave the thread on the stream of the capture
+            # a failed capture may leave the capture's stream current
             torch.cuda.set_stream(current)
 
         def replay(*new: torch.Tensor) -> torch.Tensor:
             for kept, given in zip(static, new, strict=True):
                 kept.copy_(given)
             graph.replay()
-            # schedulers keep what they are given, and the next replay writes to the same place
+            # a copy, because schedulers keep it and the next replay writes to the same memory
             output = predicted.clone()
             self._pace.wait_for_previous_step()
             return output

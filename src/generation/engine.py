@@ -18,7 +18,7 @@ from src.generation.stall_watch import StallWatch
 
 
 class Runner(Protocol):
-    """What the engine needs of a ``BatchRunner``, whose docstrings describe each method."""
+    """What the engine needs of a ``BatchRunner``; see there for each method."""
 
     model_name: str
     limits: ModelLimits
@@ -33,15 +33,15 @@ class Runner(Protocol):
 
 
 class _AllCancelled(Exception):
-    """All requests of the running batch are cancelled."""
+    """All requests in the running batch have been cancelled."""
 
 
 class Engine:
-    """Generates what requests ask for on a thread of its own: schedulers keep state and CUDA wants one caller.
+    """Generates pictures on a thread of its own, because schedulers keep state and CUDA wants one caller.
 
     When the device is free, the engine takes the oldest waiting image, and with it every other waiting image that has
-    the same ``batch_key``, oldest first, up to ``max_batch_images``. After a batch ran out of memory, batches of its
-    width and height stay smaller.
+    the same ``batch_key``, oldest first, up to ``max_batch_images``. After a batch has run out of memory, batches of
+    the same width and height stay smaller.
 
     If no step completes within ``stall_timeout`` (encoding and decoding included), the device counts as lost: its call
     may never return, and then neither does the engine's thread.
@@ -62,13 +62,13 @@ class Engine:
         self._watch: StallWatch
         self._lock = threading.Lock()
         self._fitting_images: dict[tuple[int, int], int] = {}
-        """By width and height, the number of images that may still fit since a batch ran out of memory."""
+        """By width and height, the number of images that may still fit after a batch ran out of memory."""
         self._device_error: Exception | None = None
         self.model_name = runner.model_name
         self.limits = runner.limits
 
     async def generate(self, request: ImageRequest, progress: Progress | None = None) -> GenerationResult:
-        """Generates ``request``'s pictures while the event loop stays free, and keeps ``progress`` up to date.
+        """Generates the pictures of ``request`` without blocking the event loop, and updates ``progress``.
 
         Image i is generated from seed + i. A cancelled request never reaches the device, or is stopped within two
         denoising steps, unless others share its batch.
@@ -104,7 +104,7 @@ class Engine:
                 with StallWatch(self._stall_timeout, self._lose_device) as self._watch:
                     self._run_with_fallback(batch)
             except Exception as error:
-                # an error in handling a failure must not leave a request waiting for ever
+                # even if handling a failure fails, no request may wait for ever
                 for image in batch:
                     image.pending.fail(error)
 
@@ -121,7 +121,7 @@ class Engine:
         return min(self._max_batch_images, self._fitting_images.get((request.width, request.height), sys.maxsize))
 
     def _run_with_fallback(self, batch: list[PendingImage]) -> None:
-        """Runs ``batch``, and if that fails, parts of it, so that only what fails alone fails."""
+        """Runs ``batch``; if that fails, runs parts of it, so that a request fails only if it fails on its own."""
         parts = [batch]
         while parts:
             part = [image for image in parts.pop(0) if not image.pending.result.done()]
@@ -135,7 +135,7 @@ class Engine:
                 parts = [*self._parts_after(error, part), *parts]
 
     def _try(self, batch: list[PendingImage]) -> Exception | None:
-        """Runs ``batch`` in one call of the pipeline and hands each picture to its request; returns what went wrong."""
+        """Runs ``batch`` in one pipeline call and gives each picture to its request; returns the error, if any."""
         try:
             pictures = self._runner.run(
                 [image.request for image in batch],
@@ -157,7 +157,7 @@ class Engine:
         return failure
 
     def _parts_after(self, error: Exception, batch: list[PendingImage]) -> list[list[PendingImage]]:
-        """The parts of ``batch`` to try after ``error``; fails what should not be tried again."""
+        """Returns the parts of ``batch`` to try after ``error``; fails the requests that should not be tried again."""
         if cuda_errors.is_out_of_memory(error):
             self._runner.release_memory()
             request = batch[0].request
@@ -178,7 +178,7 @@ class Engine:
         return list(by_request.values())
 
     def _lose_device(self) -> None:
-        """Fails the requests that run or wait, and all that come later, while the engine's thread hangs."""
+        """Fails all running, waiting and future requests while the engine's thread hangs."""
         stall = TimeoutError(f"no denoising step for {self._stall_timeout:g} s")
         with self._lock:
             self._device_error = stall
@@ -186,7 +186,7 @@ class Engine:
         self._fail(lost)
 
     def _fail(self, images: list[PendingImage]) -> None:
-        """Fails the images' requests because the device is lost."""
+        """Fails the requests of ``images`` because the device is lost."""
         assert self._device_error
         for image in images:
             image.pending.fail(cuda_errors.device_fault(self._device_error))

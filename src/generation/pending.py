@@ -1,4 +1,4 @@
-"""A request on its way through the engine, and what comes of it."""
+"""Requests on their way through the engine, and their results."""
 
 import threading
 from concurrent.futures import Future
@@ -18,14 +18,14 @@ class GenerationResult:
 
 @dataclass
 class Progress:
-    """How much of a request's denoising is done: ``share`` grows from 0 to 1."""
+    """How much of a request's denoising is done: ``share`` goes from 0 to 1."""
 
     share: float = 0.0
 
 
 @dataclass(eq=False)
 class PendingRequest:
-    """A request whose pictures are not all there yet. Cancelling ``result`` cancels it."""
+    """A request that is not finished. Cancelling ``result`` cancels it."""
 
     request: ImageRequest
     progress: Progress
@@ -36,13 +36,13 @@ class PendingRequest:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def report(self, done: float) -> None:
-        """Updates the progress: ``done`` images' worth of the batch that runs is denoised."""
+        """Updates the progress; ``done`` counts images of the running batch, in fractions: 0.5 is half an image."""
         share = (len(self.pictures) + done) / self.request.num_images
-        # a batch that is run again must not set progress back
+        # progress must not go back when a batch is run again
         self.progress.share = max(self.progress.share, share)
 
     def add(self, picture: Picture) -> bool:
-        """Takes a finished picture; returns whether it was the last one."""
+        """Adds a finished picture; returns whether it was the last one."""
         self.pictures[picture.seed] = picture
         return len(self.pictures) == self.request.num_images
 
@@ -63,7 +63,7 @@ class PendingRequest:
 
 @dataclass(frozen=True, eq=False)
 class PendingImage:
-    """One image of a request: what batches are made of."""
+    """One image of a request. Batches consist of these."""
 
     pending: PendingRequest
     seed: int

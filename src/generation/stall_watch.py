@@ -5,14 +5,14 @@ from collections.abc import Callable
 from typing import Self
 
 INTERVAL = 0.25
-"""Between two looks at the device, in seconds."""
+"""Between two checks, in seconds."""
 
 
 class StallWatch:
     """Calls ``stalled`` from a thread of its own if ``step`` is not called for ``timeout`` seconds within the block.
 
-    It counts its own pauses instead of reading a clock, so the time for which the whole process was frozen (SIGSTOP, a
-    suspended host) is not held against the device.
+    It counts its own pauses instead of reading a clock, so time in which the whole process was frozen (SIGSTOP, a
+    suspended host) does not count.
     """
 
     def __init__(self, timeout: float, stalled: Callable[[], None]) -> None:

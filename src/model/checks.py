@@ -1,4 +1,4 @@
-"""Whether a model is one that the worker runs, told from its small files and the names of the large ones."""
+"""Checks whether the worker can run a model, from its small files and the names of the large ones."""
 
 import json
 from collections.abc import Collection, Set
@@ -18,7 +18,7 @@ WEIGHTS = {
     "text_encoder": "model",
     "vae": "diffusion_pytorch_model",
 }
-"""The name of a component's weight file, without its ending; the largest of v1-4's first."""
+"""The name of each component's weight file, without its ending, in the order of their sizes in v1-4, largest first."""
 
 SINGLE_FILE = (
     "a single-file checkpoint, which is not read: turn it into a directory with diffusers "
@@ -37,7 +37,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise StartError(f"{name} is missing") from None
     except (OSError, ValueError) as error:
-        # the text of an OSError has the whole path
+        # the text of an OSError includes the whole path
         why = error.strerror if isinstance(error, OSError) else error
         raise StartError(f"cannot read {name}: {why}") from error
     if not isinstance(content, dict):
@@ -49,12 +49,12 @@ def check(folder: Path, files: Set[str], *, safety_checker: bool) -> dict[str, s
     """Checks that a model is a Stable Diffusion pipeline in safetensors, without reading the weights.
 
     Args:
-        folder: has the model's JSON files.
-        files: the names of all its files, such as ``unet/config.json``, those that are not in ``folder`` yet included.
-        safety_checker: whether that is to be loaded.
+        folder: contains the model's JSON files.
+        files: the names of all its files, such as ``unet/config.json``, including those that are not in ``folder`` yet.
+        safety_checker: whether the safety checker will be loaded.
 
     Returns:
-        The weight file to load of each component, the largest of v1-4's first.
+        The weight file to load for each component, in the order of ``WEIGHTS``.
 
     Raises:
         StartError: saying what is missing or of the wrong kind, without the folder's name.
@@ -88,7 +88,7 @@ def _read_index(folder: Path, files: Set[str]) -> dict[str, Any]:
 
 
 def _check_configs(folder: Path, index: dict[str, Any]) -> None:
-    """Checks that the components fit each other. What a file leaves out is its class's default."""
+    """Checks that the components fit together. A missing value means the default of the component's class."""
     unet, vae, text_encoder = (read_json(folder, f"{name}/config.json") for name in ("unet", "vae", "text_encoder"))
     channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if channels != latent_channels:
@@ -99,7 +99,7 @@ def _check_configs(folder: Path, index: dict[str, Any]) -> None:
     size = unet.get("sample_size")
     if type(size) is not int or size < 8:
         raise StartError(f"unet/config.json: sample_size must be one integer, such as 64, got {json.dumps(size)}")
-    # as in a configuration of CLIP as a whole
+    # the configuration may be that of a whole CLIP model
     width = text_encoder.get("text_config", text_encoder).get("hidden_size", 512)
     expected = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim", 1280)
     if {width} != set(expected if isinstance(expected, list) else [expected]):
@@ -115,10 +115,9 @@ def _check_configs(folder: Path, index: dict[str, Any]) -> None:
 
 
 def _choose_weights(components: Collection[str], files: Set[str]) -> dict[str, str]:
-    """The float16 files if there is one of every component, otherwise the others.
+    """Chooses the float16 files if every component has one, otherwise the others.
 
-    Where neither is complete, it is a component's float16 file, or else its other one, as with diffusers'
-    ``variant="fp16"``.
+    If neither set is complete, a component's float16 file is preferred, as with diffusers' ``variant="fp16"``.
     """
     half, whole = (
         {name: f"{name}/{WEIGHTS[name]}{variant}.safetensors" for name in components} for variant in (".fp16", "")
@@ -133,7 +132,7 @@ def _choose_weights(components: Collection[str], files: Set[str]) -> dict[str, s
 
 
 def _instead(component: str, files: Set[str]) -> str:
-    """Which other forms of a component's weights there are, and what to do about it."""
+    """Names the files that a component's weights are in instead, and what to do about it."""
     endings = (".safetensors", ".bin", ".ckpt", ".msgpack")
     paths = [PurePosixPath(name) for name in sorted(files) if name.endswith(endings)]
     there = [path.name for path in paths if path.parent.name == component]
@@ -149,7 +148,7 @@ def _instead(component: str, files: Set[str]) -> str:
 
 
 def check_tokenizer(tokenizer: Any, text_encoder: Any) -> None:
-    """Checks that each token of any prompt has an embedding: on a CUDA device, one without would end the process.
+    """Checks that every token has an embedding: on a CUDA device, one without would corrupt the context.
 
     Args:
         tokenizer: transformers' CLIPTokenizer.
@@ -160,7 +159,7 @@ def check_tokenizer(tokenizer: Any, text_encoder: Any) -> None:
     """
     length, positions = tokenizer.model_max_length, text_encoder.max_position_embeddings
     if length > positions:
-        # transformers has 1e30 for none
+        # transformers uses 1e30 for none
         got = length if length < 1e9 else "none"
         raise StartError(f"tokenizer/tokenizer_config.json: model_max_length must be at most {positions}, got {got}")
     highest, words = max(tokenizer.get_vocab().values()), text_encoder.vocab_size

@@ -1,4 +1,4 @@
-"""The host's NVIDIA driver, and why PyTorch finds no device with it."""
+"""The host's NVIDIA driver, and the reason why PyTorch finds no device."""
 
 import ctypes
 import re
@@ -11,23 +11,23 @@ from pathlib import Path
 from src.errors import StartError
 
 KERNEL_MODULE = Path("/proc/driver/nvidia/version")
-"""Where the driver's kernel module gives its version, in containers too."""
+"""Where the driver's kernel module states its version, also in containers."""
 
 
 @dataclass(frozen=True)
 class Driver:
-    """What a host's driver says of itself, without a device."""
+    """What the host's driver says about itself, even without a device."""
 
     version: str | None
-    """The kernel module's, such as ``550.54.14``; None where there is none."""
+    """Of the kernel module, such as ``550.54.14``; None if it is not loaded."""
     cuda: str | None
-    """The newest CUDA that it runs, such as ``12.4``; None where its library is not in the container."""
+    """The newest CUDA version that it supports, such as ``12.4``; None if its library is not in the container."""
     devices: int = 0
-    """How many devices it shows to this process."""
+    """How many devices this process can see."""
 
 
 def find() -> Driver:
-    """Asks this machine for its driver."""
+    """Returns this machine's driver."""
     version = cuda = None
     devices = ctypes.c_int()
     with suppress(OSError):
@@ -37,33 +37,33 @@ def find() -> Driver:
         if library.cuDriverGetVersion(ctypes.byref(number)) == 0:
             # 12040 is 12.4
             cuda = f"{number.value // 1000}.{number.value % 1000 // 10}"
-        # after an error the count stays 0
+        # if this fails, the count stays 0
         if library.cuInit(0) == 0:
             library.cuDeviceGetCount(ctypes.byref(devices))
     return Driver(version and version[0], cuda, devices.value)
 
 
 def shows_device() -> bool:
-    """Whether PyTorch should find a CUDA device, asked without importing it."""
+    """Whether PyTorch should find a CUDA device, without importing it."""
     return find().devices > 0 and not metadata.version("torch").endswith("+cpu")
 
 
 def check_kernels(architectures: Sequence[str], capability: tuple[int, int], device: str) -> None:
     """Checks that PyTorch's build has kernels for a device.
 
-    A kernel for ``sm_86`` runs on devices of its major version from 8.6 on, one for ``compute_86`` is compiled for any
-    device from 8.6 on.
+    A kernel for ``sm_86`` runs on devices with compute capability 8.6 to 8.9; one for ``compute_86`` can be compiled
+    for any device from 8.6 on.
 
     Args:
-        architectures: those of the build, as ``torch.cuda.get_arch_list`` gives them.
+        architectures: those of the build, from ``torch.cuda.get_arch_list``.
         capability: the device's compute capability, major and minor.
         device: its name.
 
     Raises:
-        StartError: if it has none.
+        StartError: if there are none.
     """
     for architecture in architectures:
-        # not sm_90a, which no other device runs
+        # sm_90a, for example, is skipped: no other device runs it
         if found := re.fullmatch(r"(sm|compute)_(\d+)(\d)", architecture):
             kind, major, minor = found[1], int(found[2]), int(found[3])
             if (major, minor) <= capability and (kind == "compute" or major == capability[0]):
@@ -77,11 +77,11 @@ def check_kernels(architectures: Sequence[str], capability: tuple[int, int], dev
 
 
 def why_no_device(driver: Driver, built_for: str | None, visible: str | None = None) -> str:
-    """Why PyTorch has no device, and what to do about it, in one line for the worker's operator.
+    """Explains to the operator, in one line, why PyTorch has no device and what to do about it.
 
     Args:
         driver: the host's.
-        built_for: the CUDA that PyTorch is built for, such as ``12.6``; None where it is built for the CPU.
+        built_for: the CUDA version that PyTorch is built for, such as ``12.6``; None if it is built for the CPU.
         visible: ``CUDA_VISIBLE_DEVICES``, if it is set.
     """
     if built_for is None:

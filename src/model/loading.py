@@ -15,11 +15,11 @@ from src.settings import DEMO_MODEL_ID, Settings, on_pod, on_runpod
 
 
 def choose_device(settings: Settings) -> str:
-    """``cuda`` where there is a device, otherwise ``cpu``.
+    """Returns ``cuda`` if there is a device, otherwise ``cpu``.
 
     Raises:
-        StartError: if PyTorch has no kernels for it; or if there is none, and the CPU is not what was asked for: on
-            RunPod, and for the default model.
+        StartError: if PyTorch has no kernels for the device; or if there is none although one is expected: on RunPod,
+            or because the driver shows one and no model was chosen.
     """
     if torch.cuda.is_available():
         if kernels := torch.cuda.get_arch_list():
@@ -78,7 +78,7 @@ def _load(repository: Repository, device: str, dtype: torch.dtype) -> StableDiff
                 output_loading_info=True,
             )
         except NotImplementedError as error:
-            # diffusers cannot move to the device what a file lacks
+            # raised when diffusers moves a missing tensor to the device
             raise StartError(f"{file} lacks tensors of {index[component][1]}") from error
         # transformers fills in random numbers
         if missing := sorted(info["missing_keys"]):
@@ -89,14 +89,14 @@ def _load(repository: Repository, device: str, dtype: torch.dtype) -> StableDiff
 
 
 def describe(pipe: StableDiffusionPipeline) -> str:
-    """Where a pipeline is and in which precision, in words."""
+    """Says in words where a pipeline is and in which precision."""
     device = torch.cuda.get_device_name() if pipe.device.type == "cuda" else "the CPU"
     checker = "on" if pipe.safety_checker else "off"
     return f"on {device} in {str(pipe.dtype).removeprefix('torch.')}, safety checker {checker}"
 
 
 def memory_in_use() -> str:
-    """The GPU memory that is taken, by this process and any other, in words."""
+    """Says how much GPU memory is in use, by this process and all others."""
     if not torch.cuda.is_available():
         return "no GPU"
     free, total = torch.cuda.mem_get_info()

@@ -1,4 +1,4 @@
-"""Where a model's files are found."""
+"""Finds a model's files."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION, DEMO_MODEL_ID
 
 DEMO_MODEL = Path(__file__).parent / "demo"
 RUNPOD_CACHE = Path("/runpod-volume/huggingface-cache/hub")
-"""Where RunPod's cached models lie on a worker, in the layout of the Hugging Face cache."""
+"""Where a worker finds RunPod's cached models, in the layout of the Hugging Face cache."""
 
 SMALL_FILES = [
     "model_index.json",
@@ -35,10 +35,10 @@ SMALL_FILES = [
     "LICENSE*",
     "README.md",
 ]
-"""What a download takes of a repository beside the weights."""
+"""The files that are downloaded along with the weights."""
 
 ORIGIN = "_baked_from"
-"""Key in a baked model's model_index.json: the hub id and the commit. ``_name_or_path`` is inherited by fine-tunes."""
+"""Key in a baked model's model_index.json, for its hub id and commit. Fine-tunes would inherit ``_name_or_path``."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Repository:
 
     path: Path
     where: str
-    """Where it was found, for the log."""
+    """For the log."""
     name: str
     """The name that clients see, never a path."""
     revision: str | None
-    """The commit, where it is known."""
+    """The commit, if it is known."""
     weights: Mapping[str, str]
-    """The weight file to load of each component."""
+    """The weight file to load for each component."""
 
     def __str__(self) -> str:
         return self.name + (f" at {self.revision[:12]}" if self.revision else "")
@@ -65,7 +65,7 @@ class Repository:
 
 
 def choose_model(settings: Settings) -> str:
-    """The model to run: MODEL_ID, by default v1-4 on RunPod and where there is a CUDA device, otherwise ``demo``."""
+    """Returns MODEL_ID; by default v1-4 on RunPod and on machines with a CUDA device, elsewhere ``demo``."""
     if settings.model_id:
         return settings.model_id
     return DEFAULT_MODEL_ID if on_runpod() or cuda_driver.shows_device() else DEMO_MODEL_ID
@@ -75,7 +75,7 @@ def find(settings: Settings) -> Repository:
     """Finds the model on this machine, or downloads it.
 
     Raises:
-        StartError: if it is nowhere, or what is there cannot be used.
+        StartError: if it cannot be found, or cannot be used.
     """
     if found := find_local(settings):
         return found
@@ -88,12 +88,12 @@ def find(settings: Settings) -> Repository:
 def find_local(settings: Settings) -> Repository | None:
     """Finds the model without a network.
 
-    A directory is taken as it is. A hub id is looked for among RunPod's cached models, then in the Hugging Face cache;
+    A directory is used as it is. A hub id is looked for among RunPod's cached models, then in the Hugging Face cache;
     without ``MODEL_REVISION``, the newest usable commit that RunPod cached is the last resort.
 
     Raises:
-        StartError: if MODEL_ID is a directory that cannot be used, or cannot be a hub id; or if what a cache holds of
-            it cannot be used, and nothing may be downloaded.
+        StartError: if MODEL_ID is a directory that cannot be used, or no valid hub id; or if a cached copy cannot be
+            used and downloads are off.
     """
     model_id = choose_model(settings)
     if model_id == DEMO_MODEL_ID:
@@ -119,7 +119,7 @@ def _find_cached(model_id: str, settings: Settings) -> Repository | None:
     unusable: StartError | None = None
     for name, cache, where in (*places, (model_id, None, "Hugging Face cache")):
         try:
-            # whether the rest is there is found out by the check: it need not be all that the hub has
+            # looks up the index only, since a cache need not have all files; the check tells whether it has enough
             path = Path(
                 snapshot_download(
                     name, revision=revision, cache_dir=cache, allow_patterns="model_index.json", local_files_only=True
@@ -145,7 +145,7 @@ def _find_cached(model_id: str, settings: Settings) -> Repository | None:
 
 @contextmanager
 def naming(settings: Settings) -> Iterator[None]:
-    """Puts the model that the operator chose before what is wrong with it."""
+    """Adds the operator's choice of a model to the front of a StartError."""
     try:
         yield
     except StartError as error:
@@ -155,8 +155,8 @@ def naming(settings: Settings) -> Iterator[None]:
 
 
 def _check(path: Path, settings: Settings) -> Mapping[str, str]:
-    """``checks.check`` of a directory, whose weights this user must be allowed to read."""
-    # a link into a cache may lead nowhere
+    """Runs ``checks.check`` on a directory, and checks that this user may read its weights."""
+    # links into a cache may be broken
     files = {file.relative_to(path).as_posix() for file in (*path.glob("*"), *path.glob("*/*")) if file.is_file()}
     weights = checks.check(path, files, safety_checker=settings.safety_checker)
     for file in weights.values():
@@ -166,13 +166,13 @@ def _check(path: Path, settings: Settings) -> Mapping[str, str]:
 
 
 def _names_in_runpod_cache(model_id: str) -> list[str]:
-    """The names that RunPod's cache has for a model: RunPod's documentation shows one in lower case, unlike the hub."""
+    """Finds a model's names in RunPod's cache: RunPod's documentation shows one in lower case, unlike the hub."""
     names = [folder.name.removeprefix("models--").replace("--", "/") for folder in RUNPOD_CACHE.glob("models--*")]
     return [name for name in names if name.lower() == model_id.lower()]
 
 
 def _newest_first(names: list[str]) -> list[Path]:
-    """All commits in RunPod's cache: the newest was the main branch's when the endpoint was made."""
+    """Lists all commits in RunPod's cache; the newest was on the main branch when the endpoint was created."""
     folders = [RUNPOD_CACHE / f"models--{name.replace('/', '--')}" / "snapshots" for name in names]
     snapshots = [path for folder in folders for path in folder.glob("*")]
     return sorted(snapshots, key=lambda path: path.stat().st_mtime, reverse=True)
@@ -188,7 +188,7 @@ def _download(model_id: str, settings: Settings) -> tuple[Path, Mapping[str, str
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
     download = partial(snapshot_download, model_id, revision=revision, token=token)
     try:
-        # asks once; snapshot_download would try for half a minute when the hub cannot be reached
+        # tried only once; without it, snapshot_download would try for half a minute to reach the hub
         listing = HfApi(token=token).model_info(model_id, revision=revision or constants.DEFAULT_REVISION)
         files = {sibling.rfilename for sibling in listing.siblings or ()}
         path = Path(download(allow_patterns=SMALL_FILES))
@@ -214,7 +214,7 @@ def _download(model_id: str, settings: Settings) -> tuple[Path, Mapping[str, str
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """``checks.check_tokenizer`` of files."""
+    """Runs ``checks.check_tokenizer`` on a directory."""
     from transformers import CLIPTextConfig, CLIPTokenizer
 
     try:

@@ -1,4 +1,4 @@
-"""Which words mean something to the embedded model."""
+"""The words that the embedded model knows."""
 
 import json
 import re
@@ -11,13 +11,13 @@ NOT_UNDERSTOOD = "prompt: the embedded model knows few of these words, it draws 
 
 @cache
 def _vocabulary() -> dict[str, list[str]]:
-    """Words that the model can draw (``drawn``), and others that do no harm (``ignored``). The warm-up reads them."""
+    """Words that the model can draw (``drawn``) or has learned to ignore (``ignored``). Cached by the warm-up."""
     words: dict[str, list[str]] = json.loads((DEMO_MODEL / "words.json").read_text(encoding="utf-8"))
     return words
 
 
 def vocabulary_warnings(prompt: str) -> list[str]:
-    """What to say of a prompt to the embedded model when most of its words name nothing that the model can draw."""
+    """Warns if most words of a prompt name nothing that the embedded model can draw."""
     vocabulary = _vocabulary()
     # letters of any script
     words = re.findall(r"[^\W\d_]+", prompt.lower())
