@@ -33,15 +33,15 @@ NO_PICTURE = (
 
 
 def build_worker(settings: "Settings", progress_reports: "ProgressReports | None" = None) -> "Worker":
-    """Imports the libraries, loads the model and generates a first picture; the log says how long each took.
+    """Imports the libraries, loads the model and generates a first picture; logs how long each step took.
 
     Args:
         settings: the worker's settings.
-        progress_reports: in place of those to the platform.
+        progress_reports: replaces the reports to the platform.
 
     Raises:
         StartError: if the model cannot be loaded, or makes no picture.
-        JobError, Exception: if it cannot generate.
+        JobError, Exception: if it cannot generate pictures.
     """
     from src.model import repository
     from src.settings import typo_hints
@@ -89,7 +89,7 @@ def build_engine(
     Args:
         settings: which model, and how to run it.
         dtype: of the weights. By default float16 on a CUDA device, float32 on the CPU.
-        found: the model, if it was found on this machine already; otherwise it is looked for or downloaded.
+        found: the model, if it has been found on this machine; otherwise it is looked for or downloaded.
 
     Raises:
         StartError: if there is no usable device or no usable model.
@@ -122,7 +122,7 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.rp_log_level:
         os.environ["RUNPOD_LOG_LEVEL"] = arguments.rp_log_level
-    # imported late, so that --help and a misspelt argument are answered at once
+    # imported late, so that --help and misspelt arguments are answered at once
     from src.serving import api_server, one_job
     from src.settings import Settings, on_pod, on_runpod
     from src.startup.import_libraries import set_environment

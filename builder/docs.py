@@ -1,6 +1,6 @@
-"""Writes what documentation repeats of the code: ``python -m builder.docs``.
+"""Generates documentation from the code: ``python -m builder.docs``.
 
-These are the JSON Schemas of a job's input and output, with which clients can check a request before they pay for it,
+It writes the JSON Schemas of a job's input and output, with which clients can check a request before they pay for it,
 the README's tables of fields, output and settings, and the settings in RunPod's Hub.
 """
 
@@ -22,8 +22,11 @@ DEMO = ModelLimits(native_size=128, max_size=256, scheduler="DDIM")
 
 
 def input_schema(limits: ModelLimits) -> dict[str, Any]:
-    """The schema of ``job["input"]`` for a model. What it accepts, the worker accepts, but for characters that no text
-    should hold and for the last seeds below 2^53, which leave no room for more images."""
+    """Returns the schema of ``job["input"]`` for a model.
+
+    It accepts what the worker accepts, and a little more: control characters, lone surrogates, and seeds so close to
+    2^53 that those of further images would exceed it.
+    """
     schema = ImageRequest.model_json_schema()
     schema["required"] = ["prompt"]
     fields = schema["properties"]
@@ -43,12 +46,12 @@ def input_schema(limits: ModelLimits) -> dict[str, Any]:
 
 
 def output_schema() -> dict[str, Any]:
-    """The schema of the output of a job that is completed."""
+    """Returns the schema of a completed job's output."""
     return _titled(TypeAdapter(OneImage | SeveralImages).json_schema(), "Job output")
 
 
 def fields_table() -> str:
-    """The README's table of a request's fields."""
+    """Returns the README's table of a request's fields."""
     rows = ["| field | type | default | bounds | meaning |", "|---|---|---|---|---|"]
     v1_4, demo = (input_schema(limits)["properties"] for limits in (V1_4, DEMO))
     for name, field in v1_4.items():
@@ -63,7 +66,7 @@ def fields_table() -> str:
 
 
 def output_table() -> str:
-    """The README's table of the fields of a job's output with one image."""
+    """Returns the README's table of the output's fields, for one image."""
     rows = ["| field | meaning |", "|---|---|"]
     for name, field in TypeAdapter(OneImage).json_schema()["properties"].items():
         rows.append(f"| `{name}` | {field.get('description', 'As used, whether given or by default')} |")
@@ -71,7 +74,7 @@ def output_table() -> str:
 
 
 def settings_table() -> str:
-    """The README's table of settings."""
+    """Returns the README's table of settings."""
     rows = ["| variable | default | meaning |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
         meaning, _, default = field.description.partition(" Default: ") if field.description else ("", "", "")
@@ -82,12 +85,12 @@ def settings_table() -> str:
 
 
 def hub_settings() -> list[dict[str, Any]]:
-    """The settings as RunPod's Hub asks for them."""
+    """Returns the settings in the format of RunPod's Hub."""
     return [{"key": name.upper(), "input": _hub_input(name, field)} for name, field in Settings.model_fields.items()]
 
 
 def files() -> dict[Path, str]:
-    """Each file that this module writes, and what it should hold."""
+    """Returns the content of each file that this module writes."""
     schemas = ROOT / "examples" / "schema"
     readme, hub = ROOT / "README.md", ROOT / ".runpod" / "hub.json"
     text = readme.read_text(encoding="utf-8")

@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 
 
 def save(pipe: "StableDiffusionPipeline", folder: Path) -> None:
-    """Writes ``pipe`` to ``folder`` as safetensors that everyone may read; the library lets only the owner."""
+    """Saves ``pipe`` to ``folder`` as safetensors that everyone can read; the library lets only the owner read them."""
     pipe.save_pretrained(folder, safe_serialization=True)
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o644)
 
 
 def fetch(model_id: str, revision: str | None, output: Path) -> None:
-    """Writes ``model_id`` to ``output`` in float16; what stood there is replaced only by a finished copy.
+    """Saves ``model_id`` to ``output`` in float16; an existing directory is replaced only by a finished copy.
 
     Raises:
-        StartError: if the model cannot be had, or is not one that the worker runs.
+        StartError: if the model cannot be found or downloaded, or the worker cannot run it.
     """
     settings = Settings(model_id=model_id, model_revision=revision)
     found = repository.find(settings)
     print(f"{found}: {found.where}, {found.path}", flush=True)
-    # imported only now: a model that cannot be downloaded is reported at once
+    # imported only now, so that a failed download is reported at once
     import torch
 
     from src.model import loading
@@ -45,7 +45,7 @@ def fetch(model_id: str, revision: str | None, output: Path) -> None:
     try:
         save(pipe, unfinished)
         index = unfinished / "model_index.json"
-        # the directory remembers what it was made from, for the worker's clients and its log
+        # records what the copy was made from, for the worker's clients and its log
         origin = {repository.ORIGIN: {"model": found.name, "commit": found.revision}}
         index.write_text(json.dumps(json.loads(index.read_text()) | origin, indent=2) + "\n")
         for file in (*found.path.glob("LICENSE*"), *found.path.glob("README.md")):

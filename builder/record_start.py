@@ -1,4 +1,4 @@
-"""Records which files a start opens, so that a start can read them ahead.
+"""Records which files a start opens, so that later starts can read them ahead.
 
 python -m builder.record_start --output src/start_files.txt
 """
@@ -11,9 +11,9 @@ from typing import Any
 
 
 def record() -> list[str]:
-    """The files of Python and of its packages that a start with the embedded model opens, in order.
+    """Starts the worker with the embedded model; returns the files of Python and its packages that it opens, in order.
 
-    Must run in a process of its own, where nothing is imported yet.
+    Must run in a fresh process, in which nothing is imported yet.
     """
     opened: dict[str, None] = {}
 
@@ -37,7 +37,7 @@ def main() -> None:
     output.write_text("".join(f"{file}\n" for file in files))
     print(f"{output}: {len(files)} files, {sum(Path(file).stat().st_size for file in files) / 2**20:.0f} MiB")
     sys.stdout.flush()
-    # nothing is left to do that Python's own exit would wait for
+    # Python's own exit would wait for threads that have nothing left to do
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""The SDK's HTTP server, with /run, /runsync and /status: on a person's machine, and on a RunPod Pod."""
+"""The SDK's HTTP server with /run, /runsync and /status, for your own machine and for RunPod Pods."""
 
 import errno
 import os
@@ -7,14 +7,14 @@ import socket
 from src.errors import StartError
 
 POD_PORT = "8000"
-"""Where a Pod serves, unless ``RUNPOD_REALTIME_PORT`` says otherwise."""
+"""The default on a Pod; ``RUNPOD_REALTIME_PORT`` overrides it."""
 
 
 def check_address(host: str, port: int) -> None:
     """Checks that a server can listen there.
 
     Raises:
-        StartError: if the address is taken, forbidden or unknown. Other errors are left to the server.
+        StartError: if the address is in use, forbidden or unknown. Other errors are left to the server.
     """
     problem = f"cannot serve on port {port} of {host}"
     try:
@@ -30,7 +30,7 @@ def check_address(host: str, port: int) -> None:
 
 
 def prepare_pod() -> None:
-    """Has the SDK, once it starts, serve on all of this Pod's addresses, on ``RUNPOD_REALTIME_PORT``.
+    """Makes the SDK serve on all of this Pod's addresses, on ``RUNPOD_REALTIME_PORT``, when it starts.
 
     Raises:
         StartError: if it cannot listen there.

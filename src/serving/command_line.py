@@ -1,6 +1,6 @@
-"""The command line of ``handler.py``, which is read before anything is imported that takes time.
+"""The command line of ``handler.py``, read before anything slow is imported.
 
-Arguments that begin with ``rp_``, and ``test_input``, are those of RunPod's SDK, which reads them again by itself.
+``test_input`` and the arguments that begin with ``rp_`` belong to RunPod's SDK, which parses them again itself.
 """
 
 import argparse
@@ -13,7 +13,7 @@ LOG_LEVELS = ("ERROR", "WARN", "INFO", "DEBUG", "TRACE", "NOTSET")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line; ends the process where something in it is unknown or wrong, or help is asked for."""
+    """Parses the command line; ends the process if it is invalid or asks for help."""
     return _parser().parse_args(arguments)
 
 

@@ -1,7 +1,7 @@
-"""How a result reaches the platform: how often it is sent, the pauses in between, and what the log says.
+"""Delivers results to the platform: how often each is sent, the pauses in between, and what is logged.
 
-The SDK (1.12.0) tries three times in four seconds, and only after a server error: a result whose connection breaks, or
-that is answered 429, is lost, and with it a picture that was paid for.
+The SDK (1.12.0) tries three times within four seconds, and only after server errors. If the connection breaks, or the
+platform answers 429, the result is lost, and with it a picture that was paid for.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ log = runpod.RunPodLogger()
 CONNECT_TIMEOUT = 10
 """In seconds."""
 SILENCE_TIMEOUT = 30
-"""For a connection on which nothing arrives, in seconds."""
+"""How long a connection may stay silent, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -32,28 +32,28 @@ class Timing:
 
     first_pause: float = 0.25
     max_pause: float = 25.0
-    """After each failed try the pause doubles, from ``first_pause`` to ``max_pause``."""
+    """The pause doubles after each failed try, from ``first_pause`` to ``max_pause``."""
     shutdown_pause: float = 1.0
-    """The longest pause once the worker shuts down: the platform may kill the process at any time."""
+    """The longest pause during shutdown, when the platform may kill the process at any time."""
     line_interval: float = 60.0
-    """Between two lines about one outage."""
+    """Between two log lines about the same outage."""
     give_up: float = 600.0
-    """For how long a result is sent again: RunPod's default execution timeout, after which its job has ended."""
+    """How long a result is retried: RunPod's default execution timeout, after which the job has ended."""
     result_timeout: float = 120.0
-    """For one try: lets 10 MB through at 0.1 MB/s."""
+    """For one try: enough for 10 MB at 0.1 MB/s."""
     poll_timeout: float = 90.0
-    """For a request that the platform answers when there is news: the SDK's own limit."""
+    """For a long poll; the SDK's own limit."""
     poll_interval: float = 0.2
-    """The shortest time between two of these if the first brought nothing."""
+    """The shortest time from one long poll to the next if the first brought nothing."""
     early_stop: float = 60.0
-    """For how long a stop signal that came before its job is remembered."""
+    """How long a stop signal that arrived before its job is remembered."""
 
 
 class Refusal(Exception):
-    """An answer of the platform's, that a request failed.
+    """The platform answered that a request failed.
 
-    A status is the platform's only here: aiohttp raises its own errors, an answer that is not HTTP for one, with the
-    status of an answer.
+    Only here is a status the platform's: aiohttp also gives a status to errors of its own, such as an answer that is
+    not HTTP.
     """
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
@@ -62,9 +62,9 @@ class Refusal(Exception):
 
 
 class Outage:
-    """Tries of one kind while they fail: how long to wait before the next one, and what is logged.
+    """Tracks consecutive failures of one kind of request: how long to wait before the next try, and what to log.
 
-    The log gets a line at the first failure, at most one a minute from then on, and one at the next success.
+    It logs one line at the first failure, at most one a minute from then on, and one at the next success.
     """
 
     def __init__(self, what: str, timing: Timing, job_id: str | None = None) -> None:
@@ -75,7 +75,7 @@ class Outage:
         self._began = self._logged = 0.0
 
     def failed(self, error: Exception) -> float:
-        """Returns the seconds to wait: exponential backoff, less up to half of it at random."""
+        """Returns the seconds to wait: exponential backoff, shortened at random by up to half."""
         now = time.monotonic()
         if not self._tries:
             self._began = self._logged = now
@@ -83,7 +83,7 @@ class Outage:
         elif now - self._logged > self._timing.line_interval:
             self._logged = now
             log.warn(f"cannot {self._what} for {now - self._began:.0f} s now: {_reason(error)}", self._job_id)
-        # bounded, since a float cannot hold every power of two
+        # bounded, because a float overflows at large powers of two
         pause = min(self._timing.first_pause * 2.0 ** min(self._tries, 20), self._timing.max_pause)
         self._tries += 1
         return pause * random.uniform(0.5, 1)
@@ -97,9 +97,9 @@ class Outage:
 async def deliver(
     session: aiohttp.ClientSession, job_id: str, result: dict[str, Any], shutting_down: asyncio.Event, timing: Timing
 ) -> None:
-    """Sends ``result`` until the platform has taken or refused it, or ``timing.give_up`` has passed.
+    """Sends ``result`` until the platform accepts or refuses it, or ``timing.give_up`` has passed.
 
-    If only the platform's answer is lost, the platform gets the result twice.
+    If only the platform's answer is lost, the platform receives the result twice.
     """
     body = json.dumps(result).encode()
     sending = Outage("send the result", timing, job_id)
@@ -127,7 +127,7 @@ async def post(session: aiohttp.ClientSession, job_id: str, body: bytes, timeout
     """Sends a job's result or progress, within ``timeout`` seconds.
 
     Raises:
-        Refusal, aiohttp.ClientError, TimeoutError, OSError: unless the platform takes it.
+        Refusal, aiohttp.ClientError, TimeoutError, OSError: unless the platform accepts it.
     """
     quoted_id = quote(job_id, safe="")
     url = rp_http.JOB_DONE_URL.replace("$ID", quoted_id) + "&isStream=false"
@@ -145,6 +145,6 @@ def _is_transient(error: Exception) -> bool:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, aiohttp.ClientResponseError):
-        # the whole text holds the URL, and with it the platform's parameters
+        # the full text includes the URL with the platform's parameters
         return f"unreadable answer: {error.message.strip()}".splitlines()[0]
     return str(error) or type(error).__name__

@@ -1,8 +1,8 @@
-"""The heartbeat: a process of its own that tells the platform every few seconds that the worker lives.
+"""The heartbeat: a process that tells the platform every few seconds that the worker is alive.
 
-What it sends is the SDK's business (``rp_ping``, runpod 1.12.0). The SDK starts it as a copy of the worker's process,
-with its CUDA context, does not notice when it ends, and leaves it behind when the worker is killed. Here it is a fresh
-interpreter, which is replaced if it ends, and ends with the worker. This module can go when the SDK's own does that.
+What it sends is up to the SDK (``rp_ping``, runpod 1.12.0). The SDK forks it from the worker, CUDA context included,
+does not notice when it ends, and leaves it behind when the worker is killed. Here it is a fresh interpreter, which is
+replaced if it ends, and ends with the worker. This module can go when the SDK does the same.
 """
 
 import logging
@@ -28,8 +28,8 @@ log = runpod.RunPodLogger()
 
 
 def install() -> None:
-    """Has the SDK start this heartbeat in place of its own."""
-    # for all processes and locks: the SDK makes the memory that it shares with the heartbeat itself
+    """Makes the SDK start this heartbeat instead of its own."""
+    # set globally, because the SDK itself creates the memory that it shares with the heartbeat
     multiprocessing.set_start_method("spawn", force=True)
     worker.heartbeat = Heartbeat()
 
@@ -43,10 +43,10 @@ class Heartbeat:
     """What ``runpod.serverless.worker`` needs of ``rp_ping.Heartbeat``."""
 
     def start_ping(self, mirror: Any) -> None:
-        """Starts the process, and a thread that watches it.
+        """Starts the process and a thread that watches it.
 
         Args:
-            mirror: the memory through which the process reads the ids of the jobs that the worker holds.
+            mirror: shared memory with the ids of the jobs that the worker holds.
         """
         if os.environ.get("RUNPOD_WEBHOOK_PING"):
             threading.Thread(target=_keep_alive, args=(mirror,), daemon=True, name="heartbeat").start()
@@ -71,7 +71,7 @@ def _beat(mirror: Any) -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     log_output.install()
     rp_ping.log = QuietLog()
-    # a line for every request that is tried again
+    # it would log a line for every retry
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     rp_ping.Heartbeat.process_loop(mirror)
 
@@ -84,7 +84,7 @@ def _exit_with_parent() -> None:
 
 
 class QuietLog:
-    """The SDK's log for its heartbeat, which logs each failure: here at most one a minute."""
+    """Stands in for the log of the SDK's heartbeat, which logs every failure; logs at most one a minute."""
 
     def __init__(self) -> None:
         self._logged = -LINE_INTERVAL

@@ -1,7 +1,7 @@
-"""Standard output and error as the log needs them: writing never waits for a reader, and survives a closed pipe.
+"""Makes standard output and error safe to log to: writing never blocks, and survives a closed pipe.
 
-The SDK prints its lines. Where nobody reads the other end of a pipe, ``print`` waits as soon as the pipe is full, and
-the event loop with it.
+The SDK prints its log. If nobody reads the other end of a pipe, ``print`` blocks as soon as the pipe is full, and the
+event loop with it.
 """
 
 import atexit
@@ -13,26 +13,26 @@ import threading
 from typing import Any, TextIO
 
 MAX_LINES = 1000
-"""That wait to be written. The SDK cuts its lines to 4 kB."""
+"""How many lines can wait to be written. The SDK cuts its lines to 4 kB."""
 LAST_SECONDS = 1.0
-"""For which the end of the process waits for the last lines to be written."""
+"""How long the process waits at its end for the last lines to be written."""
 
 
 def open_closed_streams() -> None:
-    """Opens those of the three standard streams that were closed before Python started: libraries do not expect that.
+    """Opens standard streams that were closed before Python started, because libraries expect all three.
 
-    It must come before anything else is opened, which would get the number of a standard stream.
+    Must be called before anything else is opened, which would get the file descriptor of a standard stream.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)
-            # by the heartbeat's process
+            # for the heartbeat's process
             os.set_inheritable(null, True)
             setattr(sys, name, open(null, mode))  # noqa: PTH123, SIM115
 
 
 def install() -> None:
-    """Has all that this process prints and logs written by a thread."""
+    """Makes a thread write everything that this process prints and logs."""
     for name in ("stdout", "stderr"):
         before = getattr(sys, name)
         if not isinstance(before, LineQueue):
@@ -43,7 +43,7 @@ def install() -> None:
 
 
 def drain() -> None:
-    """Waits for the last lines. ``os._exit`` does not."""
+    """Waits for the last lines, for use before ``os._exit``, which does not."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, LineQueue):
             stream.drain()

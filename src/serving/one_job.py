@@ -1,4 +1,4 @@
-"""A job on a person's machine: where it comes from, a progress bar, and its pictures as files."""
+"""A job on your own machine: reads it, shows a progress bar, and saves its pictures as files."""
 
 import asyncio
 import base64
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def check_job(job: Any = None) -> None:
-    """Checks that there is a job to run, and that its pictures can be saved; what it asks for, the worker checks.
+    """Checks that there is a job and that its pictures can be saved; the worker validates its input.
 
     Args:
-        job: what --test_input holds; without it, the job is that of test_input.json.
+        job: the value of --test_input; None means the job in test_input.json.
 
     Raises:
-        StartError: otherwise.
+        StartError: if there is none, or they cannot be saved.
     """
     source = "--test_input"
     if job is None:
@@ -45,7 +45,7 @@ def check_job(job: Any = None) -> None:
 
 @asynccontextmanager
 async def progress_bar(job_id: str, report: Callable[[], dict[str, Any]]) -> AsyncIterator[None]:
-    """Draws ``report()`` on the terminal for as long as the block runs; where there is no terminal, nothing."""
+    """Shows ``report()`` on the terminal while the block runs; without a terminal, shows nothing."""
     with tqdm(total=report()["steps"], unit="step", leave=False, disable=None) as bar:
 
         async def draw() -> None:
@@ -61,17 +61,17 @@ async def progress_bar(job_id: str, report: Callable[[], dict[str, Any]]) -> Asy
 
 
 def run_job(handle: "Handler", *, quiet: bool) -> None:
-    """Hands ``handle`` to the SDK, which runs the job and exits with code 1 if it failed; then says what was made.
+    """Hands ``handle`` to the SDK, which runs the job and exits with code 1 if it fails; then prints what was saved.
 
     Args:
-        handle: from a job to its output or its ``error``.
-        quiet: whether to keep the SDK from logging the result, which holds the pictures, and all but errors.
+        handle: takes a job and returns its output or its ``error``.
+        quiet: whether the SDK logs errors only, and not the result with the pictures.
     """
     import runpod
 
     if quiet:
         runpod.RunPodLogger().set_level("ERROR")
-    # with it, as on a Pod, the SDK would serve instead
+    # if it is set, as on a Pod, the SDK serves instead
     os.environ.pop("RUNPOD_REALTIME_PORT", None)
     lines: list[str] = []
     try:
@@ -82,10 +82,10 @@ def run_job(handle: "Handler", *, quiet: bool) -> None:
 
 
 def keep_pictures(handle: "Handler", lines: list[str]) -> "Handler":
-    """``handle``, which also saves each picture in the working directory and adds what to say of it to ``lines``."""
+    """Wraps ``handle`` to save each picture in the working directory and add a line about it to ``lines``."""
 
     async def handle_and_keep(job: dict[str, Any]) -> dict[str, Any]:
-        # the SDK would exit with code 0, and wait for the picture
+        # with its own signal handlers the SDK would wait for the picture and exit with code 0
         exit_on_signals()
         started = time.monotonic()
         output = await handle(job)

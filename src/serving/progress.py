@@ -1,7 +1,6 @@
-"""What ``/status`` shows of a job while it runs.
+"""Progress reports: what ``/status`` shows while a job runs.
 
-The SDK's ``progress_update`` (1.12.0) sends each report from a thread of its own, so a late one can arrive after the
-result.
+The SDK's ``progress_update`` (1.12.0) sends each report from a thread of its own, so one can arrive after the result.
 """
 
 import asyncio
@@ -19,14 +18,14 @@ from src.settings import on_runpod
 INTERVAL = 1.0
 """Between two reports, in seconds."""
 TIMEOUT = 30.0
-"""For the platform's answer to a report, in seconds."""
+"""How long to wait for the answer to a report, in seconds."""
 
 log = runpod.RunPodLogger()
 
 
 @asynccontextmanager
 async def progress_reports(job_id: str, report: Callable[[], dict[str, Any]]) -> AsyncIterator[None]:
-    """Sends ``report()`` to the platform once a second for as long as the block runs; off the platform, nothing.
+    """Sends ``report()`` to the platform once a second while the block runs; does nothing elsewhere.
 
     The block ends only when the platform has answered the last report, so none can arrive after the result.
     """

@@ -1,4 +1,4 @@
-"""What a worker does that cannot start."""
+"""What a worker does when it cannot start."""
 
 import os
 import sys
@@ -19,13 +19,13 @@ log = runpod.RunPodLogger()
 
 
 def refuse_to_start(error: Exception, *, takes_jobs: bool) -> NoReturn:
-    """Says why, then exits with code 1, or answers jobs for ever.
+    """Logs the reason, then exits with code 1 or answers jobs for ever.
 
     Args:
-        error: what was raised.
-        takes_jobs: whether this is a worker of an endpoint. If another start may succeed, RunPod is then told that the
-            worker is unhealthy. Otherwise its jobs would wait for as long as they live: the worker takes them and
-            answers each with the reason.
+        error: what went wrong.
+        takes_jobs: whether this is a worker of an endpoint. If so, and a restart may succeed, the worker reports itself
+            as unhealthy. If no restart can help, jobs would wait until their ttl, so the worker takes them and answers
+            each with the reason.
     """
     if not isinstance(error, StartError | JobError):
         log.error("".join(traceback.format_exception(error)))

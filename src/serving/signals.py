@@ -1,4 +1,4 @@
-"""How the process ends when it is told to."""
+"""Ends the process on signals until the worker loop installs its own handlers."""
 
 import os
 import signal
@@ -6,9 +6,9 @@ from types import FrameType
 
 
 def exit_on_signals() -> None:
-    """Ends the process at once on SIGTERM and Ctrl-C, unless its parent had it ignore them.
+    """Makes SIGTERM and Ctrl-C end the process at once, unless its parent made it ignore them.
 
-    As process 1 of a container it would otherwise ignore both: the kernel drops their default action there.
+    Without handlers, process 1 of a container ignores both, because the kernel does not apply default actions to it.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -18,5 +18,5 @@ def exit_on_signals() -> None:
 def _exit(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
-    # only process 1 gets here. sys.exit() would join the engine's thread, which may never return
+    # only process 1 gets here; sys.exit() would join the engine's thread, which may never return
     os._exit(128 + number)

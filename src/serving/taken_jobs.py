@@ -1,4 +1,4 @@
-"""The jobs that the platform's answer to job-take holds.
+"""Reads the jobs in the platform's answer to job-take.
 
 One client's input must not cost another client a job. ``json.loads`` reads all of an answer or nothing, and so do
 pydantic_core, orjson and msgspec: it fails where one input is nested more deeply than Python's stack, has an integer of
@@ -26,21 +26,21 @@ class Job:
 
 
 class _Unreadable(Exception):
-    """Says what is wrong with JSON that may be well-formed."""
+    """The JSON may be well-formed, but this process cannot read it."""
 
 
 async def read_jobs(body: bytes) -> list[Job]:
     """Returns the jobs of an answer, which is one job, or several in a list; ``null`` holds none.
 
     Raises:
-        ValueError: if it holds something, but no job.
+        ValueError: if the answer is not empty but holds no job.
     """
     try:
         answer = json.loads(body)
     except json.JSONDecodeError:
         raise
     except (RecursionError, ValueError):
-        # in a thread, since hostile input can take seconds
+        # in a thread, because hostile input can take seconds
         jobs = await asyncio.to_thread(_read_alone, body)
     else:
         jobs = [_job(each) for each in (answer if isinstance(answer, list) else [answer]) if answer is not None]
@@ -83,7 +83,7 @@ def _job(fields: Any, fault: str | None = None) -> Job | None:
     try:
         job_id.encode()
     except UnicodeEncodeError:
-        # a result could not be sent under it
+        # no result could be sent for such an id
         return None
     return Job(job_id, fields, fault)
 

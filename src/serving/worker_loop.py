@@ -1,14 +1,14 @@
-"""The worker's loop: takes jobs from the platform, runs each in a task of its own, stops them, shuts down.
+"""The worker loop: takes jobs from the platform, runs each in a task of its own, stops them, shuts down.
 
-It takes the place of ``rp_scale.JobScaler`` in runpod 1.12.0. ``runpod.serverless.start`` asks of a loop
+It replaces ``rp_scale.JobScaler`` of runpod 1.12.0. ``runpod.serverless.start`` expects of a loop
 
 - ``JobScaler(config).start()``;
 - the id of each job in ``JobsProgress`` for as long as the worker holds it: the heartbeat tells the platform;
 - a job's ``batchId`` in the log's context (``_set_batch_id``).
 
-The SDK's loop counts a job twice while it lies in its queue, then sleeps for a second, and looks every 0.1 s for jobs
-to start. With a plain handler on it, 26 queued jobs of 0.1 s take 9.7 times their work, on this loop 1.1 times, and a
-job that is sent after the result of the one before waits for 760 ms, here for less than one: see
+The SDK's loop counts a job twice while it is in its queue, then sleeps for a second, and checks only every 0.1 s for
+jobs to start. With a plain handler on it, 26 queued jobs of 0.1 s take 9.7 times their work, on this loop 1.0 times,
+and a job that is sent after the result of the one before waits for 770 ms, here for 1 ms: see
 ``python -m tests.bench.worker_loop``. This class can go when the SDK's loop does not wait, takes the good jobs of an
 answer that holds a bad one, stops jobs that have not started yet, and loses no result (``delivery``).
 """
@@ -35,7 +35,7 @@ from src.serving.delivery import CONNECT_TIMEOUT, Outage, Refusal, Timing, deliv
 from src.serving.taken_jobs import Job, read_jobs
 
 MAX_ANSWER_BYTES = 64 * 2**20
-"""Of an answer that the worker reads. RunPod's limit for one job's request is 20 MB."""
+"""The longest answer that the worker reads. RunPod's limit for one job's request is 20 MB."""
 MAX_REMEMBERED = 1000
 """Ids of jobs that have ended, and of jobs that were stopped before they came."""
 
@@ -45,10 +45,10 @@ Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
 def start(handle: Handler, max_concurrency: int) -> None:
-    """Hands ``handle`` to the SDK, which returns when a local server stops, and on the platform never.
+    """Hands ``handle`` to the SDK. Returns when a local server stops; on the platform, never.
 
     Args:
-        handle: from a job to its output or its ``error``.
+        handle: takes a job and returns its output or its ``error``.
         max_concurrency: how many jobs the worker holds at once.
     """
     rp_scale.JobScaler = WorkerLoop
@@ -58,10 +58,10 @@ def start(handle: Handler, max_concurrency: int) -> None:
 
 
 class WorkerLoop:
-    """Holds up to ``concurrency_modifier`` jobs at once, each until its result has arrived.
+    """Holds up to ``concurrency_modifier`` jobs at once, each until its result has been delivered.
 
     Args:
-        config: what ``runpod.serverless.start`` was given.
+        config: the argument of ``runpod.serverless.start``.
         timing: how long to wait for the platform.
     """
 
@@ -70,7 +70,7 @@ class WorkerLoop:
         self._max_concurrency = config["concurrency_modifier"](1)
         self._timing = timing or Timing()
         self._jobs: dict[asyncio.Task[None], str] = {}
-        """Each job's id by its task. A job that is delivered twice has two tasks."""
+        """The id of each task's job. A job that is delivered twice has two tasks."""
         self._job_ended = asyncio.Event()
         self._ended: deque[str] = deque(maxlen=MAX_REMEMBERED)
         self._stopped_early: set[str] = set()
@@ -120,9 +120,9 @@ class WorkerLoop:
     async def _poll(
         self, session: aiohttp.ClientSession, url: str, read: Callable[[bytes], Awaitable[list[Any]]], outage: Outage
     ) -> list[Any]:
-        """Sends a request that the platform answers when there is news; returns what ``read`` finds in the answer.
+        """Sends a long poll and returns what ``read`` finds in the answer.
 
-        After a failure, and where there is nothing new, it pauses and returns an empty list.
+        If it fails or there is no news, it pauses and returns an empty list.
         """
         asked, found = time.monotonic(), list[Any]()
         try:
@@ -134,7 +134,7 @@ class WorkerLoop:
                 if response.status == 200 and (body := await _read(response)):
                     found = await read(body)
         except Exception as error:
-            # aiohttp's time-outs are subclasses, except that of the whole request: there was no news
+            # only the time-out of the whole request is exactly this class: there was no news
             if type(error) is not TimeoutError:
                 await asyncio.sleep(outage.failed(error))
                 return []
@@ -177,12 +177,12 @@ class WorkerLoop:
             log.error("".join(traceback.format_exception(error)), job_id)
 
     async def _stop_jobs(self, answer: bytes) -> list[str]:
-        """Stops the jobs that ``answer`` names, and returns those of which that is news."""
+        """Stops the jobs that ``answer`` names; returns those that were not stopped already."""
         named = json.loads(answer).get("jobsToStop", [])
         return [job_id for job_id in named if isinstance(job_id, str) and self._stop(job_id)]
 
     def _stop(self, job_id: str) -> bool:
-        # a second cancellation would interrupt what the first one has begun
+        # a second cancellation would interrupt the cleanup that the first one began
         running = [task for task, held in self._jobs.items() if held == job_id and not task.cancelling()]
         for task in running:
             task.cancel()
@@ -199,7 +199,7 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
     """Returns the body of an answer.
 
     Raises:
-        ValueError: if it is longer than MAX_ANSWER_BYTES, decompressed.
+        ValueError: if it has more than MAX_ANSWER_BYTES, decompressed.
     """
     body = bytearray()
     async for chunk in response.content.iter_any():

@@ -1,6 +1,6 @@
-"""Imports PyTorch, diffusers, transformers and RunPod's SDK, without those of their own imports that no start needs.
+"""Imports PyTorch, diffusers, transformers and RunPod's SDK, and defers those of their imports that no start needs.
 
-This is the one place that knows in which order they are imported and which of their imports are deferred. A deferred
+Only this module knows the order of imports and which of them are deferred. A deferred
 module is imported in full when something in it is first used, so that a newer library can only make a start slower.
 Written for torch 2.13, diffusers 0.42, transformers 5.23 and runpod 1.12; it can go when they import less.
 """

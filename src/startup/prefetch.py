@@ -1,4 +1,4 @@
-"""Starts in the background what a cold start will wait for, while the imports keep one core busy."""
+"""Does in the background what a cold start will need, while the imports keep one core busy."""
 
 import ctypes
 import importlib
@@ -13,16 +13,16 @@ from src.model.repository import Repository
 from src.settings import Settings
 
 START_FILES = Path(__file__).parents[1] / "start_files.txt"
-"""Which files of Python and its packages a start opens, one path per line; ``builder/record_start.py`` writes it into
-the image."""
+"""Lists the files of Python and its packages that a start opens, one path per line. ``builder/record_start.py`` writes
+it into the image."""
 
 
 def begin(settings: Settings, found: Repository | None) -> None:
-    """Starts what needs no import of PyTorch: reading the packages and the weights, making the CUDA context.
+    """Starts what does not need PyTorch: reading packages and weights, creating the CUDA context.
 
     Args:
         settings: the worker's settings.
-        found: the model, if it is on this machine.
+        found: the model, if it is already on this machine.
     """
     in_background(_read_ahead, found.weight_files if found else [])
     in_background(_make_cuda_context)
@@ -37,9 +37,9 @@ def in_background(work: Callable[..., Any], *arguments: Any) -> threading.Thread
 
 
 def load_kernels() -> None:
-    """Has cuDNN, cuBLAS and fused attention each compute something small, if there is a CUDA device.
+    """Makes cuDNN, cuBLAS and fused attention load their kernels, if there is a CUDA device.
 
-    Nothing depends on it: what fails here fails again in the warm-up, which reports it.
+    Nothing depends on it: whatever fails here fails again in the warm-up, which reports it.
     """
     import torch
 
@@ -51,14 +51,14 @@ def load_kernels() -> None:
 def _read_ahead(files: Iterable[Path]) -> None:
     """Reads ``START_FILES``, then ``files``, so that they are in the page cache when they are needed.
 
-    Nothing depends on it. posix_fadvise, which would need no buffer, reads only as far as the kernel likes.
+    Nothing depends on it. posix_fadvise would need no buffer, but the kernel may read less than it is asked to.
     """
     if START_FILES.exists():
-        # thousands of small files: several at a time, and by processes that do not wait for the GIL
+        # thousands of small files: read in parallel, by processes that do not wait for the GIL
         command = ["xargs", "-a", str(START_FILES), "-d", r"\n", "-n", "64", "-P", "4", "cat"]
         with suppress(OSError):
             subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    # large, since after each read this thread waits for the GIL, which the imports hold
+    # large, because after each read this thread waits for the GIL, which the imports hold
     buffer = bytearray(32 * 2**20)
     with suppress(OSError):
         for file in files:
@@ -68,20 +68,20 @@ def _read_ahead(files: Iterable[Path]) -> None:
 
 
 def _make_cuda_context() -> None:
-    """Makes the first CUDA device's primary context, which PyTorch then finds made; without a driver, does nothing.
+    """Creates the primary context of the first CUDA device, which PyTorch then uses; does nothing without a driver.
 
-    ctypes calls the driver without the GIL, so that the imports go on meanwhile.
+    ctypes releases the GIL during these calls, so the imports go on meanwhile.
     """
     with suppress(OSError):
         cuda = ctypes.CDLL("libcuda.so.1")
         device, context = ctypes.c_int(), ctypes.c_void_p()
-        # each returns CUDA_SUCCESS, which is 0, or an error that PyTorch will meet again and report
+        # each returns 0 (CUDA_SUCCESS) or an error, which PyTorch will run into again and report
         if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0:
             cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
 def _compute_something_small(device: str) -> None:
-    """A convolution, a matrix product and attention, in float16."""
+    """Computes a convolution, a matrix product and attention, in float16."""
     import torch
 
     with torch.inference_mode():
