@@ -2,14 +2,14 @@ import gc
 import os
 import sys
 
-# imports leave no garbage: collecting during them only takes time
+# imports leave no garbage, so collection would only slow them down
 gc.disable()
 os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
-# small models gain nothing from more threads, and the machine has several processes of them to run
+# small models gain nothing from more threads, and several processes run at a time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if not any("gpu" in argument for argument in sys.argv[1:]):
-    # without -m gpu the tests compute on the CPU, wherever they run
+    # without -m gpu, the tests compute on the CPU on any machine
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import fcntl
@@ -27,7 +27,7 @@ import torch
 
 from src.startup.import_libraries import import_libraries
 
-# as handler.py does: the tests run what the worker runs, and start sooner
+# as handler.py does, so the tests run with the same deferred imports as the worker
 import_libraries()
 
 from diffusers import StableDiffusionPipeline
@@ -46,7 +46,7 @@ gc.enable()
 
 @pytest.fixture(scope="session")
 def v1_4_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small v1-4, with random weights. Tests that change it copy it first."""
+    """A small v1-4 with random weights. Tests that change it copy it first."""
     return make_repository(tmp_path_factory.mktemp("v1-4"))
 
 
@@ -81,14 +81,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> Iterator[None]:
-    """Tests can interrupt the processes that they start: a suite in the background, and its children, ignore SIGINT."""
+    """Lets tests interrupt the processes that they start. Run in the background, the suite would ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 PROCESS_FIXTURES = {"platform", "local_server", "node_modules"}
-"""Fixtures that start a process: the tests that use them get the ``process`` marker."""
+"""Fixtures that start a process. Tests that use them get the ``process`` marker."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -98,7 +98,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip("needs a CUDA device"))
         if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.process)
-    # two at a time, the files that take longest must not be last
+    # with two processes, the longest files must not be the last
     items.sort(key=lambda item: item.path.stem not in ("test_generate_sh", "test_platform"))
 
 
@@ -115,7 +115,7 @@ def no_unmarked_process(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
 
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No test sees the machine's own settings or Hugging Face cache."""
+    """Hides the machine's own settings and Hugging Face cache from tests."""
     for name in (*(name.upper() for name in Settings.model_fields), "RUNPOD_WEBHOOK_GET_JOB"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
@@ -124,7 +124,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
 
 @pytest.fixture(scope="session")
 def platform() -> Iterator[Platform]:
-    """A stand-in of RunPod with one worker."""
+    """A stand-in for RunPod with one worker."""
     with serving(key="rpa_secret") as platform:
         platform.start_worker(FAULTY, MAX_CONCURRENCY="4", MAX_RESULT_BYTES="300000")
         yield platform
@@ -132,7 +132,7 @@ def platform() -> Iterator[Platform]:
 
 @pytest.fixture
 def client(platform: Platform) -> Iterator[Client]:
-    """A client of ``platform``. After the test no fault may be left, and the worker must be alive."""
+    """A client of ``platform``. After the test, all faults must be used up and the worker alive."""
     yield Client(platform)
     assert platform.faults == []
     assert platform.workers["worker-1"].process.poll() is None
@@ -140,7 +140,7 @@ def client(platform: Platform) -> Iterator[Client]:
 
 @pytest.fixture(scope="session")
 def node_modules() -> Path:
-    """The packages from npm that tests use, installed where that was not done yet."""
+    """The packages from npm, which are installed on first use."""
     if not shutil.which("npm"):
         pytest.skip("needs node and npm")
     folder = Path(__file__).parent / "node"

@@ -1,4 +1,4 @@
-"""The benches run; what they measure here means nothing."""
+"""The benches run. What they measure here has no meaning."""
 
 import gc
 import re
@@ -58,7 +58,7 @@ def test_measured_worker_is_freed_from_memory(tmp_path: Path, v1_4_repository: P
 
 
 def rows(**seconds: float) -> dict[str, list[Measured]]:
-    """A second for a picture and three for four, times what is given for a way."""
+    """Returns 1 s for one picture and 3 s for four, multiplied by the factor given for a way to generate."""
     taken = dict.fromkeys([*gpu.SETTINGS, *gpu.CHANGES], 1.0) | seconds
     return {name: [Measured(one, 2**30, 20, 12), Measured(3 * one, 2**31, 20, 40)] for name, one in taken.items()}
 

@@ -1,4 +1,4 @@
-"""Models that the worker does not run are refused in one line, before their weights are read."""
+"""Unsupported models are refused in one line before their weights are read."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def index_entry(component: str, value: object) -> Damage:
 
 
 def renamed(component: str, name: str) -> Damage:
-    """The component's weights are there in one form only."""
+    """Leaves the component's weights in one form only."""
 
     def rename(folder: Path) -> None:
         weights = weight_file(folder, component)

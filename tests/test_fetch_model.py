@@ -25,7 +25,7 @@ REPO = "someone/tiny"
 def fetch(
     output: Path, address: str, home: Path, *, revision: str = hub.REVISION, around: str = "", **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the command; ``around`` is a shell's, with ``"$@"`` where the command goes."""
+    """Runs the command within the shell command ``around``, in the place of ``"$@"``."""
     command = [sys.executable, "-m", "builder.fetch_model", "--model", REPO, "--revision", revision]
     return subprocess.run(
         [*(["sh", "-c", around, "sh"] if around else []), *command, "--output", output],

@@ -1,4 +1,4 @@
-"""examples/generate.py, against the stand-in of RunPod; mostly in this process, where the SDK is imported already."""
+"""examples/generate.py with the stand-in for RunPod, mostly in this process, which has already imported the SDK."""
 
 import runpy
 import signal
@@ -24,7 +24,7 @@ Generate = Callable[..., tuple[object, str, str]]
 
 @pytest.fixture
 def generate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Generate:
-    """Runs the example with short pauses: its exit status or last words, and its two outputs."""
+    """Runs the example with short pauses. Returns its exit status or final message, and its two outputs."""
     real = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: real(min(seconds, 0.05)))
     monkeypatch.chdir(tmp_path)
@@ -81,7 +81,7 @@ def test_file_ending_sets_the_format_and_values_are_numbers_or_text(
 
 
 def test_picture_in_a_bucket_is_downloaded(local_server: str, generate: Generate, tmp_path: Path):
-    # a file that is there to be downloaded
+    # any file that can be downloaded
     link = f"{local_server}/openapi.json"
     with ending_its_job("COMPLETED", {"output": {"image_url": link, "seed": 1}}) as platform:
         assert generate(platform, "the sea") == (0, "picture.png seed 1\n", "")

@@ -1,4 +1,4 @@
-"""examples/generate.sh, against the stand-in of RunPod."""
+"""examples/generate.sh with the stand-in for RunPod."""
 
 import os
 import pty
@@ -24,7 +24,7 @@ def generate(platform: Platform, folder: Path, *arguments: str, **settings: str)
 
 
 def error_of(ran: subprocess.CompletedProcess[str]) -> str:
-    """The one line that a failed script prints."""
+    """Returns the only line that a failed script prints."""
     assert (ran.returncode, ran.stdout) == (1, "")
     (line,) = ran.stderr.splitlines()
     return line.removeprefix("generate.sh: ")

@@ -1,4 +1,4 @@
-"""What the Dockerfile builds, step by step and without an image; tests/image/build.sh builds it for real."""
+"""The steps of the Dockerfile, tried without building an image; tests/image/build.sh builds it."""
 
 import base64
 import io
@@ -23,13 +23,13 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
 
 
 def copied(instructions: str = DOCKERFILE) -> list[tuple[str, str]]:
-    """Each source that is copied, and where to, in order."""
+    """Returns the source and destination of each copy, in order."""
     lines = re.findall(r"^COPY (.+) (\S+)$", instructions, re.M)
     return [(source, target) for sources, target in lines for source in sources.split()]
 
 
 def variables(instruction: str) -> dict[str, str]:
-    """What ``ENV`` or ``ARG`` sets."""
+    """Returns the variables that ``ENV`` or ``ARG`` sets."""
     return dict(re.findall(r"(\w+)=(\S*)", " ".join(re.findall(rf"^{instruction} (.+)$", DOCKERFILE, re.M))))
 
 
@@ -52,7 +52,7 @@ def test_requirements_are_pinned_to_the_images_versions():
     for line in required:
         requirement = re.fullmatch(r"([\w-]+==[\d.]+); python_version >= \"3\.11\"", line)
         assert requirement
-        # torch and what it brings come from another index
+        # torch and its dependencies come from another index
         assert (requirement[1] in pinned) != line.startswith("torch==")
     assert not [line for line in pinned if re.match("(torch|triton|cuda-|nvidia-)", line)]
 

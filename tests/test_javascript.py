@@ -1,4 +1,4 @@
-"""Clients from npm, against the stand-in of RunPod: its SDK in examples/generate.mjs, and its AI SDK provider."""
+"""Clients from npm with the stand-in for RunPod: its SDK in examples/generate.mjs, and its AI SDK provider."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from tests.support.platform_stub import Fault, Platform, serving
 
 @pytest.fixture
 def project(node_modules: Path, tmp_path: Path) -> Path:
-    """A JavaScript project that has the packages, and the example beside them."""
+    """A JavaScript project with the packages and the example."""
     (tmp_path / "node_modules").symlink_to(node_modules)
     shutil.copy(EXAMPLES / "generate.mjs", tmp_path)
     return tmp_path
@@ -39,7 +39,7 @@ def test_any_field_passes_through_and_several_pictures_are_numbered(platform: Pl
 
 
 def test_picture_in_a_bucket_is_downloaded(local_server: str, project: Path):
-    # a file that is there to be downloaded
+    # any file that can be downloaded
     output = {"image_url": f"{local_server}/openapi.json", "seed": 1, "output_format": "webp", "warnings": ["careful"]}
     with ending_its_job("COMPLETED", {"output": output}) as platform:
         ran = generate(platform, project, "the sea")

@@ -1,4 +1,4 @@
-"""Models in the layouts of real repositories make the pictures that diffusers makes of them."""
+"""Models in the layouts of real repositories give the same pictures as with diffusers alone."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.support import engines
 from tests.support.layouts import LAYOUTS
 
 pytestmark = [
-    # the schedulers of the pinned diffusers call NumPy in an old way
+    # schedulers of the pinned diffusers call NumPy in a deprecated way
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning"),
 ]

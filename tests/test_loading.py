@@ -1,4 +1,4 @@
-"""Loading: onto which device, in which precision, and what stops it."""
+"""Loading of a model: device, precision, and models that are refused."""
 
 import shutil
 from collections.abc import Callable
@@ -122,7 +122,7 @@ def test_damaged_file_is_reported_in_one_line(copy: Path, damage: Callable[[Path
     damage(copy)
     with pytest.raises(StartError, match=f"^MODEL_ID={copy}: cannot be loaded: .+$") as refused:
         load(model_id=copy)
-    # it may be whole on another host
+    # the file may be intact on another host
     assert refused.value.may_recover
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's images API, through OpenAI's own clients and the stand-in of RunPod."""
+"""OpenAI's images API, called by OpenAI's own clients through the stand-in for RunPod."""
 
 import asyncio
 import base64

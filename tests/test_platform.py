@@ -1,4 +1,4 @@
-"""The real program in real processes behind a stand-in of the platform: the SDK's loop, driven over HTTP."""
+"""Whole worker processes, driven over HTTP by a stand-in for the platform."""
 
 import fcntl
 import os
@@ -111,13 +111,13 @@ def test_job_delivered_twice_is_generated_once(platform: Platform, client: Clien
     job = client.run(num_inference_steps=100)
     assert client.finished(job)["status"] == "COMPLETED"
     first, *more = until(lambda: len(sent := results(platform, job)) == 2 and sent)
-    # drawn at random, the seed would differ if it were generated again
+    # generated again, it would have another random seed
     assert [first["output"]] == [again["output"] for again in more]
 
 
 @pytest.mark.parametrize("fault", [{"status": 500}, {"status": 429}, {"drop": True}])
 def test_failing_platform_loses_no_job(platform: Platform, client: Client, fault: dict[str, Any]):
-    """``tests/test_worker_loop.py`` has more ways, and is quicker."""
+    """``tests/test_worker_loop.py`` tries more faults in less time."""
     platform.faults += [Fault("job-take", **fault), Fault("job-stop", **fault)]
     jobs = [client.run(f"{i}") for i in range(4)]
     platform.faults.append(Fault("job-done", times=6, body='"image"', **fault))
@@ -139,7 +139,7 @@ def test_worker_retries_its_result_after_sigterm():
         until(lambda: fault.times < left - 1)
         assert worker.poll() is None
         platform.faults.clear()
-        # it does not wait for long any more
+        # its pauses are short now
         assert worker.wait(3) == 0
         assert client.get(f"status/{job}")["status"] == "COMPLETED"
 
@@ -251,7 +251,7 @@ def test_worker_with_a_hanging_device_is_replaced():
         client.until(behind, "IN_PROGRESS")
         left = client.run("the sea")
         heartbeat = find_heartbeat(platform.workers[first])
-        # its result is delivered before the process ends
+        # the result is delivered before the process ends
         platform.faults.append(Fault(hung, times=4, status=500, body="error"))
         for job in (hung, behind):
             failed = client.finished(job)
@@ -265,7 +265,7 @@ def test_worker_with_a_hanging_device_is_replaced():
 
 def test_blocked_log_output_delays_no_job():
     read, write = os.pipe()
-    # a small pipe is full soon
+    # a small pipe, which is soon full
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
     with serving() as platform, os.fdopen(write, "wb") as log:
         client = Client(platform)
@@ -304,7 +304,7 @@ def test_killed_heartbeat_is_replaced_and_ends_with_its_worker(tmp_path: Path):
         worker = platform.workers[platform.start_worker(log=file)]
         until(lambda: worker.pings)
         first = find_heartbeat(worker)
-        # it is no copy of the worker, with its CUDA context
+        # it is not a fork of the worker, which would share the CUDA context
         assert "libtorch" not in Path(f"/proc/{first.pid}/maps").read_text()
         first.kill()
         first.wait(10)

@@ -1,4 +1,4 @@
-"""The Postman collection, sent by newman, Postman's own runner."""
+"""The Postman collection, run by newman, Postman's command line."""
 
 import base64
 import json
@@ -23,7 +23,7 @@ COLLECTION = POSTMAN / "stable-diffusion-worker.postman_collection.json"
 def run_collection(
     node_modules: Path, file: str, folder: Path, requests: Sequence[str] = (), **variables: str
 ) -> dict[str, Any]:
-    """What newman reports of a run of the whole collection, or of some ``requests`` of it."""
+    """Runs the collection, or only some of its ``requests``, and returns newman's report."""
     report = folder / "report.json"
     command = [node_modules / ".bin" / "newman", "run", COLLECTION, "-e", POSTMAN / file]
     for request in requests:

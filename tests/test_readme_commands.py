@@ -1,4 +1,4 @@
-"""What the READMEs show of clients, run as it stands there on a stand-in of RunPod."""
+"""The READMEs' commands and code for clients, run unchanged with a stand-in for RunPod."""
 
 import re
 import sys
@@ -16,13 +16,13 @@ PAGES = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "ex
 
 
 def blocks(language: str) -> list[str]:
-    """The pages' blocks of code in ``language`` that call an endpoint, each once."""
+    """Returns the pages' different blocks of code in ``language`` that call an endpoint."""
     found = [block for page in PAGES for block in re.findall(rf"```{language}\n(.*?)```", page, re.S)]
     return [block for block in dict.fromkeys(found) if re.search("curl|examples/|api.runpod.ai", block)]
 
 
 def exports() -> list[tuple[str, ...]]:
-    """The variables by which commands find an endpoint: those of each ``export`` command."""
+    """Returns the variables that each ``export`` command sets, with which the other commands find an endpoint."""
     lines = [line for page in PAGES for line in re.findall(r"^export .*$", page, re.M)]
     return list(dict.fromkeys(tuple(re.findall(r"(\w+)=", line)) for line in lines))
 
@@ -58,7 +58,7 @@ def test_command_works(
     ):
         command = command.replace(shown, here)
     if "<id>" in command:
-        # whoever follows it pastes the id that the first answer gave
+        # the reader pastes the id from the first answer
         command = command.replace("<id>", client.run())
     settings = environment(platform, ENDPOINT_URL=local_server, ENDPOINT_ID="local")
     set_by_user = {name: settings[name] for name in (*exported, "PATH")}

@@ -1,4 +1,4 @@
-"""Where a model is found: a directory, RunPod's cache, Hugging Face's, the hub; and which of its files are read."""
+"""The search for a model in a directory, RunPod's cache, Hugging Face's cache and the hub, and the choice of files."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ def test_impossible_model_id_is_refused(model_id: str, said: str):
 
 
 def find(environment: dict[str, str], *, runpod_cache: Path | None = None) -> str:
-    """Runs ``repository.find`` in a process of its own, since the hub's library reads its environment at import."""
+    """Runs ``repository.find`` in a fresh process, since huggingface_hub reads its environment at import."""
     code = (
         "from pathlib import Path; from src.errors import StartError\n"
         "from src.model import repository; from src.settings import Settings\n"
@@ -70,7 +70,7 @@ def test_model_is_downloaded_once_and_then_found_in_the_cache(v1_4_repository: P
 
 
 def cached(v1_4_repository: Path, cache: Path, name: str, commit: str) -> None:
-    """Adds a commit of a model to a cache, as RunPod does it: without the hub's library, and without a branch."""
+    """Adds a commit of a model to a cache as RunPod does, without huggingface_hub and without a branch."""
     shutil.copytree(v1_4_repository, cache / f"models--{name.replace('/', '--')}" / "snapshots" / commit)
 
 
@@ -119,7 +119,7 @@ def test_fault_of_a_cached_model_is_reported_when_downloads_are_forbidden(
 
 @pytest.mark.process
 def test_broken_download_is_resumed(copy: Path, tmp_path: Path):
-    # as much as the hub's library keeps in memory before it writes, and more
+    # more than huggingface_hub keeps in memory before it writes
     big = copy / "unet" / "diffusion_pytorch_model.safetensors"
     big.write_bytes(os.urandom(24 * 2**20))
     with hub.serve(REPO, copy, breaks_off="unet/diffusion_pytorch_model.safetensors") as (address, fetched):
@@ -153,7 +153,7 @@ def test_refusal_by_the_hub_is_reported_in_one_line(v1_4_repository: Path, tmp_p
 
 
 ALL = set(WEIGHTS)
-"""The components that have weights."""
+"""The components with weights."""
 
 
 def in_part(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Repositories in the layouts that real ones have, with random weights."""
+"""Repositories in the layouts of real ones, with random weights."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from tests.support.v1_4 import SCHEDULER, SMALL, Sizes, make_repository
 
 
 def edit(folder: Path, name: str, **changes: Any) -> None:
-    """Changes keys of a JSON file; None stands for a key that is not there."""
+    """Changes keys of a JSON file. None removes a key."""
     content = json.loads((folder / name).read_text()) | changes
     (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
@@ -24,7 +24,7 @@ def weight_file(folder: Path, component: str) -> Path:
 
 
 def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
-    """Saves a weight file's tensors again, after a change."""
+    """Changes the tensors of a weight file."""
     save_file(change(load_file(file)), file, {"format": "pt"})
 
 
@@ -33,8 +33,8 @@ def halve(folder: Path, *components: str, keep: bool = True) -> None:
 
     Args:
         folder: the repository.
-        components: which.
-        keep: whether the float32 files stay beside them.
+        components: their names.
+        keep: whether to keep the float32 files.
     """
     for component in components or WEIGHTS:
         file = weight_file(folder, component)
@@ -80,7 +80,7 @@ def v1_4_of_2022(folder: Path) -> None:
 
 
 def v1_5(folder: Path) -> None:
-    """As stable-diffusion-v1-5: weights for training and single-file checkpoints beside."""
+    """As stable-diffusion-v1-5: with weights for training and single-file checkpoints."""
     make_repository(folder)
     edit(folder, "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
     weights = weight_file(folder, "unet")
@@ -95,7 +95,7 @@ SMALL_V2: Sizes = SMALL | {
 
 
 def v2_1(folder: Path) -> None:
-    """As stable-diffusion-2-1: v-prediction, OpenCLIP's text encoder and padding, heads by block, no checker."""
+    """As stable-diffusion-2-1: v-prediction, OpenCLIP's text encoder and padding, heads per block, no checker."""
     make_repository(folder, SMALL_V2)
     set_scheduler(folder, "DDIMScheduler", **trained(SCHEDULER), prediction_type="v_prediction")
     without_checker(folder)
@@ -108,7 +108,7 @@ def trained(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def turbo(folder: Path) -> None:
-    """As sd-turbo: few steps, from the end of the schedule."""
+    """As sd-turbo: few steps, with trailing timesteps."""
     v2_1(folder)
     set_scheduler(folder, "EulerDiscreteScheduler", **trained(SCHEDULER), timestep_spacing="trailing")
 
@@ -120,7 +120,7 @@ def lcm(folder: Path) -> None:
 
 
 def deis(folder: Path) -> None:
-    """As a fine-tune by DreamBooth that was saved with another scheduler."""
+    """As a DreamBooth fine-tune that was saved with another scheduler."""
     make_repository(folder)
     set_scheduler(folder, "DEISMultistepScheduler", **trained(SCHEDULER))
     edit(folder, "model_index.json", _name_or_path="CompVis/stable-diffusion-v1-4")
@@ -134,7 +134,7 @@ def ddim_of_2022(folder: Path) -> None:
 
 
 def without_checker(folder: Path) -> None:
-    """Saved without the parts that are not needed."""
+    """As a pipeline that was saved without the optional parts."""
     if not (folder / "model_index.json").exists():
         make_repository(folder)
     (folder / "safety_checker").rename(folder.parent / "left out")
@@ -143,7 +143,7 @@ def without_checker(folder: Path) -> None:
 
 
 def textual_inversion(folder: Path) -> None:
-    """With a learnt word, of two tokens."""
+    """With a learnt word of two tokens."""
     make_repository(folder)
     words = SMALL["text_encoder"]["vocab_size"]
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
@@ -176,4 +176,4 @@ LAYOUTS: dict[Callable[[Path], None], dict[str, Any]] = {
     float16_only: {},
     float16_in_part: {},
 }
-"""Each layout, and what is asked of a model in it."""
+"""The layouts, and the request fields for a model in each."""

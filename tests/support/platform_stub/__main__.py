@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--key", default="local", help="the API key that clients must send")
     arguments = parser.parse_args()
-    # what ends the platform ends its workers
+    # SIGTERM ends the workers too
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), serving(arguments.port, key=arguments.key) as platform:
         for _ in range(arguments.workers):

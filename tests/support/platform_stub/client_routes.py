@@ -1,4 +1,4 @@
-"""The endpoint's routes as its clients call them."""
+"""The endpoint's routes for clients."""
 
 from collections import Counter
 from typing import TypeVar

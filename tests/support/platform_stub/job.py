@@ -1,4 +1,4 @@
-"""A job as clients ask for it, and as the platform keeps it."""
+"""Jobs: requests for them, and their state on the platform."""
 
 import json
 import time
@@ -10,18 +10,18 @@ from pydantic import BaseModel, Field, StrictBool, StrictInt
 
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 MAX_RUN_BYTES, MAX_RUNSYNC_BYTES = 10_000_000, 20_000_000
-"""What a request may have, and a result."""
+"""The maximum size of a request and of a result."""
 WEEK = 7 * 24 * 3600 * 1000
-"""In milliseconds, as all of the API's durations."""
+"""In milliseconds, like all durations of the API."""
 
 
 class Policy(BaseModel):
-    """``policy`` of a request, with RunPod's documented defaults and bounds."""
+    """A request's ``policy``, with RunPod's documented defaults and bounds."""
 
     executionTimeout: Annotated[StrictInt, Field(ge=5_000, le=WEEK)] = 600_000
     ttl: Annotated[StrictInt, Field(ge=10_000, le=WEEK)] = 24 * 3600 * 1000
     lowPriority: StrictBool = False
-    """Whether the job leaves the number of workers as it is, which this platform always does."""
+    """Whether the job does not trigger scaling. This platform never scales."""
 
 
 class JobRequest(BaseModel):
@@ -38,7 +38,7 @@ class RunsyncQuery(BaseModel):
 
 @dataclass
 class Job:
-    """A job as the platform keeps it; ``posts`` holds all that workers sent for it, in order, with the time."""
+    """A job's state. ``posts`` holds everything that workers sent for it, in order, with the time."""
 
     request: JobRequest
     id: str
@@ -63,9 +63,9 @@ class Job:
         return self.id.startswith("sync-")
 
     def for_worker(self) -> bytes:
-        """Returns what a worker that takes it gets. An input of ``{"raw_json": text}`` is ``text``, JSON or not.
+        """Returns the body for the worker that takes it. The input ``{"raw_json": text}`` becomes ``text``, valid or not.
 
-        In that, lone surrogates are bytes that are not UTF-8.
+        Lone surrogates in ``text`` stand for bytes that are not UTF-8.
         """
         match self.request.input:
             case {"raw_json": str(text)}:
@@ -73,7 +73,7 @@ class Job:
         return json.dumps({"id": self.id, "input": self.request.input}).encode()
 
     def public(self) -> dict[str, Any]:
-        """What ``/status`` answers."""
+        """Returns the answer of ``/status``."""
         answer: dict[str, Any] = {"id": self.id, "status": self.status}
         if self.started:
             answer["delayTime"] = round(1000 * (self.started - self.created))
@@ -85,5 +85,5 @@ class Job:
         }
 
     def notification(self) -> dict[str, Any]:
-        """What its webhook gets: the whole job."""
+        """Returns the body for its webhook: the whole job."""
         return self.public() | {"input": self.request.input, "webhook": self.request.webhook}

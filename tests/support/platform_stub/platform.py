@@ -21,7 +21,7 @@ ENDPOINT = "local"
 WATCH_INTERVAL = 0.2
 """Seconds between two checks that the workers' processes are alive."""
 RUN_RETENTION, RUNSYNC_RETENTION = 30 * 60_000, 60_000
-"""Milliseconds for which a result is kept."""
+"""How long results are kept, in milliseconds."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class WorkerProcess:
     to_be_replaced: bool = False
 
     def crashed(self) -> bool:
-        """Whether it exited with an error, and had not asked to be replaced."""
+        """Whether it exited with an error without having asked to be replaced."""
         return self.process.poll() not in (None, 0) and not self.to_be_replaced
 
 
@@ -43,7 +43,7 @@ class Platform:
     Args:
         key: the API key that clients and workers must send.
         poll_seconds: how long a worker's long poll for jobs or stop signals waits.
-        speed: how many times shorter than the platform's its time-outs, retention and pauses between webhooks are.
+        speed: the factor by which time-outs, retention and pauses between webhooks are shorter than RunPod's.
     """
 
     def __init__(self, key: str = "local", poll_seconds: float = 5.0, speed: float = 1.0) -> None:
@@ -57,19 +57,19 @@ class Platform:
         self.queue: list[Job] = []
         self.stops: dict[str, list[str]] = {}
         self.handed_out: list[int] = []
-        """How many jobs each answer to a worker held, where it held any."""
+        """The number of jobs in each answer to a worker that held any."""
         self.throttled: set[str] = set()
-        """The names of workers that are given no jobs, as where their host has no GPU to spare."""
+        """The names of workers that get no jobs, as if their host had no free GPU."""
         self.background: set[asyncio.Task[None]] = set()
         self.loop: asyncio.AbstractEventLoop
         self._changed = asyncio.Event()
 
     def seconds(self, milliseconds: float) -> float:
-        """A duration of the API in this machine's seconds."""
+        """Converts a duration of the API to seconds on this machine."""
         return milliseconds / 1000 / self.speed
 
     def add(self, job: Job) -> None:
-        """Takes on a new job."""
+        """Accepts a new job."""
         self.jobs[job.id] = job
         self.loop.call_later(self.seconds(job.request.policy.ttl), self.forget, job.id)
         self.enqueue(job)
@@ -84,7 +84,7 @@ class Platform:
         self.loop.call_later(timeout, self._time_out, job, job.started)
 
     def end(self, job: Job, status: str, result: dict[str, Any] | None = None) -> None:
-        """Gives ``job`` its final state, and its worker a stop signal if it still works on it."""
+        """Sets the final state of ``job``, and sends a stop signal if a worker is still working on it."""
         if job.status in FINAL:
             return
         if status in ("CANCELLED", "TIMED_OUT"):
@@ -103,7 +103,7 @@ class Platform:
         self.notify()
 
     def forget(self, job_id: str) -> None:
-        """Removes a job in whatever state it is: from then on it is unknown."""
+        """Removes a job in any state. It is unknown afterwards."""
         if job := self.jobs.pop(job_id, None):
             self._stop(job)
             self._dequeue(job)
@@ -112,7 +112,7 @@ class Platform:
         self.queue = [waiting for waiting in self.queue if waiting is not job]
 
     def _stop(self, job: Job) -> None:
-        """Asks the worker that has ``job``, if one has, to stop it."""
+        """Sends a stop signal to the worker of ``job``, if it has one."""
         if job.status == "IN_PROGRESS":
             self.stops.setdefault(str(job.worker), []).append(job.id)
             self.notify()
@@ -122,7 +122,7 @@ class Platform:
             self.end(job, "TIMED_OUT", {"error": "job timed out"})
 
     def _forget_result(self, job: Job, finished: float) -> None:
-        # not if it was sent again meanwhile
+        # unless the job was retried in the meantime
         if job.finished == finished:
             self.forget(job.id)
 
@@ -139,7 +139,7 @@ class Platform:
                 return
 
     def start_worker(self, command: list[str] | None = None, log: IO[bytes] | None = None, **settings: str) -> str:
-        """Starts ``handler.py``, or another ``command``, as a worker of this platform, and gives its id."""
+        """Starts ``handler.py``, or another ``command``, as a worker of this platform, and returns its id."""
         name = f"worker-{len(self.workers) + 1}"
         base = f"{self.url}/v2/{ENDPOINT}"
         environment = {
@@ -165,7 +165,7 @@ class Platform:
         return any(job.status not in FINAL for job in self.jobs.values())
 
     def worker_states(self) -> dict[str, int]:
-        """How many workers there are in each state, as ``/health`` counts them."""
+        """Returns the number of workers in each state, as ``/health`` does."""
         alive = {name for name, worker in self.workers.items() if worker.process.poll() is None}
         pinged = {name for name, worker in self.workers.items() if worker.pings}
         crashed = {name for name in set(self.workers) - alive if self.workers[name].crashed()}
@@ -197,12 +197,12 @@ class Platform:
                     self.start_worker(worker.command, **worker.environment)
 
     def kill_worker(self, name: str) -> None:
-        """Ends a worker at once, as its host's failure would: its heartbeat, a process of its own, dies with it."""
+        """Kills a worker and its heartbeat's process, as a failure of its host would."""
         with suppress(ProcessLookupError):
             os.killpg(self.workers[name].process.pid, signal.SIGKILL)
 
     def stop_workers(self) -> None:
-        """Ends all workers, and gives them half a minute to deliver what they hold."""
+        """Ends all workers, and gives them 30 s to deliver their results."""
         for worker in self.workers.values():
             worker.process.terminate()
         for name, worker in self.workers.items():

@@ -1,4 +1,4 @@
-"""What the client's and the worker's routes share."""
+"""Functions shared by the routes for clients and workers."""
 
 import json
 

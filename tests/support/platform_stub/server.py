@@ -30,7 +30,7 @@ def application(platform: Platform) -> web.Application:
 
 async def serve(platform: Platform, port: int, ready: Callable[[], None]) -> None:
     platform.loop = asyncio.get_running_loop()
-    # a taker that hangs up must not be given a job
+    # a worker that has hung up must not get a job
     runner = web.AppRunner(application(platform), handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", port)
@@ -47,10 +47,10 @@ async def serve(platform: Platform, port: int, ready: Callable[[], None]) -> Non
 
 @contextmanager
 def serving(port: int = 0, **settings: Any) -> Iterator[Platform]:
-    """A platform in a thread of its own, for as long as the block runs; its workers end with it.
+    """Serves a platform from its own thread while the block runs. Its workers end with it.
 
     Args:
-        port: 0 takes a free one.
+        port: 0 chooses a free one.
         settings: those of ``Platform``.
 
     Raises:

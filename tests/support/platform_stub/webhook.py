@@ -1,4 +1,4 @@
-"""How the platform notifies a client's server that a job has ended."""
+"""Notification of a client's server that a job has ended."""
 
 import asyncio
 import sys
@@ -12,7 +12,7 @@ PAUSE = 10_000
 
 
 async def deliver(url: str, body: dict[str, Any], pause: float) -> None:
-    """POSTs ``body`` to ``url`` until that answers 200, up to ``ATTEMPTS`` times, ``pause`` seconds apart."""
+    """POSTs ``body`` to ``url`` until it answers 200, up to ``ATTEMPTS`` times, ``pause`` seconds apart."""
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:
         for attempt in range(ATTEMPTS):
             if attempt:

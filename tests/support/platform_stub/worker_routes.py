@@ -1,4 +1,4 @@
-"""The platform's routes as RunPod's SDK calls them from a worker."""
+"""The platform's routes for workers, as RunPod's SDK calls them."""
 
 import json
 import time
