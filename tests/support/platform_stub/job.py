@@ -63,7 +63,7 @@ class Job:
         return self.id.startswith("sync-")
 
     def for_worker(self) -> bytes:
-        """Returns the body for the worker that takes it. The input ``{"raw_json": text}`` becomes ``text``, valid or not.
+        """Returns the body for its worker. The input ``{"raw_json": text}`` becomes ``text``, valid or not.
 
         Lone surrogates in ``text`` stand for bytes that are not UTF-8.
         """
