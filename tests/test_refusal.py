@@ -75,13 +75,16 @@ def test_process_1_of_a_container_ends_at_once_on_a_signal_during_start(tmp_path
     environment = os.environ | {"ALWAYS_HANG": "1", "MODEL_ID": "demo"}
     command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, *FAULTY[1:], "--check"]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) as unshare:
-        # its first picture hangs
-        until(lambda: b"weights: " in unshare.stdout.readline(), 60)
-        (worker,) = (Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children")).read_text().split()
-        os.kill(int(worker), number)
-        told = time.monotonic()
-        unshare.wait(10)
-        assert time.monotonic() - told < 1
+        try:
+            # its first picture hangs
+            until(lambda: b"weights: " in unshare.stdout.readline(), 60)
+            (worker,) = (Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children")).read_text().split()
+            os.kill(int(worker), number)
+            told = time.monotonic()
+            unshare.wait(10)
+            assert time.monotonic() - told < 1
+        finally:
+            unshare.kill()
 
 
 def test_pod_serves_the_api(tmp_path: Path):
