@@ -1,11 +1,12 @@
 """Many clients and a platform in trouble: ``python -m tests.bench.load``.
 
 Small requests from concurrent clients go through a stand-in of the platform to one worker: most ask for a picture of
-a colour, some are bad, some are cancelled, some are delivered twice by the platform, for some it sends a stop signal
-when they have ended. On every route that the worker calls, the platform fails at random: it drops connections, before
-or after it has done what was asked, answers 429 or 500, or takes its time. Every job must reach exactly one right final
-state, and no job may be answered with different pictures. Printed are jobs per second, latencies, and the worker's
-memory after a fifth of the jobs and at the end.
+a colour, some are bad, JSON that cannot be read among them, some are cancelled, some are delivered twice by the
+platform, some stopped and delivered again, for some it sends a stop signal when they have ended. On every route that
+the worker calls, the platform fails at random: it drops connections, before or after it has done what was asked,
+answers 429, 500, a redirect or something that is no HTTP, or takes its time. Every job must reach exactly one right
+final state, and no job may be answered with different pictures. Printed are jobs per second, latencies, and the
+worker's memory after a fifth of the jobs and at the end.
 
 The n-th request to a route fails always in the same way, and the i-th job is always the same; in which order they meet
 is up to the machine.
@@ -31,8 +32,16 @@ STEPS = 12
 SEED = 1
 DELIVERED_TWICE = 0.05
 """Share of the requests for jobs that the platform answers with jobs that it will hand out again."""
+SHARES = {"bad": 0.1, "cancelled": 0.1, "delivered again": 0.05}
+"""Of each kind's jobs among those that are of no kind before it. The last come again as soon as they are stopped."""
 STOPPED_LATE = 0.05
 """Share of the jobs for which a stop signal comes when they have ended."""
+BAD_INPUTS: list[dict[str, object]] = [
+    {"width": 99},
+    {"raw_json": "[" * 1500 + "]" * 1500},
+    {"raw_json": "9" * 5000},
+    {"raw_json": '{"prompt": "\udcff"}'},
+]
 FAILING = 0.2
 """Share of the worker's requests that the platform fails."""
 
@@ -80,8 +89,8 @@ def load(platform: Platform, jobs: int, clients: int) -> Report:
     def send(i: int) -> None:
         client, rng = Client(platform), Random(i)
         color = COLORS[i % len(COLORS)]
-        kind = "bad" if rng.random() < 0.1 else "cancelled" if rng.random() < 0.1 else "good"
-        asked = job_input(color) | ({"width": 99} if kind == "bad" else {})
+        kind = next((kind for kind, share in SHARES.items() if rng.random() < share), "good")
+        asked = job_input(color) | (rng.choice(BAD_INPUTS) if kind == "bad" else {})
         if rng.random() < DELIVERED_TWICE:
             platform.faults.append(Fault("job-take", twice=True))
         started = time.monotonic()
@@ -89,6 +98,15 @@ def load(platform: Platform, jobs: int, clients: int) -> Report:
             job = client.run(**asked)
             time.sleep(rng.random())
             client.post(f"cancel/{job}")
+            answer = client.finished(job)
+        elif kind == "delivered again":
+            job = client.run(**asked)
+            client.until(job, "IN_PROGRESS", "COMPLETED")
+            stops = platform.stops.setdefault("worker-1", [])
+            stops.append(job)
+            platform.loop.call_soon_threadsafe(platform.notify)
+            until(lambda: job not in stops)
+            platform.loop.call_soon_threadsafe(platform.enqueue, platform.jobs[job])
             answer = client.finished(job)
         else:
             answer = client.post("runsync", {"input": asked})

@@ -27,7 +27,7 @@ class Fault:
     text: str | None = None
     """Answers with this, said to be JSON, instead of doing what was asked."""
     raw: str | None = None
-    """Sends this in place of an HTTP answer, and closes the connection, without doing what was asked."""
+    """Sends this in place of an HTTP answer, and closes the connection; does what was asked only if ``lost``."""
     location: str | None = None
     """Sent with ``status``: where a redirect leads."""
     twice: bool = False
@@ -44,10 +44,20 @@ class Chaos:
     A job that is taken is never lost: no worker could do anything about it.
     """
 
+    NOT_HTTP: ClassVar[dict[str, Any]] = {"raw": "<html>Bad Gateway</html>"}
+    REDIRECT: ClassVar[dict[str, Any]] = {"status": 307, "location": "http://127.0.0.1:9/"}
+    ANY: ClassVar[list[dict[str, Any]]] = [
+        {"drop": True},
+        {"status": 429},
+        {"status": 500},
+        {"delay": 1.0},
+        NOT_HTTP,
+        REDIRECT,
+    ]
     KINDS: ClassVar[dict[str, list[dict[str, Any]]]] = {
-        "job-take": [{"drop": True}, {"status": 429}, {"status": 500}, {"delay": 1.0}],
-        "job-stop": [{"drop": True}, {"lost": True}, {"status": 429}, {"status": 500}, {"delay": 1.0}],
-        "job-done": [{"drop": True}, {"lost": True}, {"status": 429}, {"status": 500}, {"delay": 1.0}],
+        "job-take": ANY,
+        "job-stop": [*ANY, {"lost": True}],
+        "job-done": [*ANY, {"lost": True}, NOT_HTTP | {"lost": True}],
         "ping": [{"drop": True}, {"status": 500}, {"delay": 1.0}],
     }
 
