@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -142,6 +143,19 @@ def test_worker_retries_its_result_after_sigterm():
         # its pauses are short now
         assert worker.wait(3) == 0
         assert client.get(f"status/{job}")["status"] == "COMPLETED"
+
+
+def test_worker_that_shuts_down_keeps_its_jobs_after_a_second_sigterm_but_not_after_ctrl_c():
+    with serving() as platform:
+        worker = platform.workers[platform.start_worker()].process
+        platform.faults.append(fault := Fault("job-done", times=10**6, body='"image"', status=503))
+        Client(platform).run()
+        until(lambda: fault.times < 10**6)
+        for _ in range(2):
+            worker.terminate()
+            until(lambda left=fault.times: fault.times < left - 1)
+        worker.send_signal(signal.SIGINT)
+        assert worker.wait(3) == 130
 
 
 def test_worker_survives_an_outage_of_the_platform(tmp_path: Path):

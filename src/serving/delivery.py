@@ -146,5 +146,5 @@ def _is_transient(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     if isinstance(error, aiohttp.ClientResponseError):
         # the full text includes the URL with the platform's parameters
-        return f"unreadable answer: {error.message.strip()}".splitlines()[0]
+        return f"unreadable answer: {error.message.strip()}".splitlines()[0].rstrip(":")
     return str(error) or type(error).__name__

@@ -80,8 +80,8 @@ class WorkerLoop:
     def start(self) -> None:
         """Runs until a signal or a lost device ends the worker, and then ends the process."""
         loop = asyncio.new_event_loop()
-        for signal_number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signal_number, self._shut_down)
+        loop.add_signal_handler(signal.SIGTERM, self._shut_down)
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
         loop.run_until_complete(self.run())
         heartbeat.release()
         log_output.drain()
@@ -91,6 +91,12 @@ class WorkerLoop:
     def _shut_down(self, exit_code: int = 0) -> None:
         self._exit_code = self._exit_code or exit_code
         self._shutting_down.set()
+
+    def _interrupt(self) -> None:
+        """Ctrl-C: shuts down, and once that is under way ends the process at once."""
+        if self._shutting_down.is_set():
+            os._exit(128 + signal.SIGINT)
+        self._shut_down()
 
     async def run(self) -> None:
         """Takes and runs jobs; once it shuts down, it takes no more, and returns when all results are delivered."""
