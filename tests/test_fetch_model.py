@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from src.model import repository
 from src.model.checks import WEIGHTS
 from src.settings import Settings
-from tests.support import engines, hub
+from tests.support import engines, forks, hub
 from tests.support.layouts import halve, weight_file
 
 pytestmark = pytest.mark.process
@@ -26,11 +26,14 @@ def fetch(
     output: Path, address: str, home: Path, *, revision: str = hub.REVISION, around: str = "", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs the command within the shell command ``around``, in the place of ``"$@"``."""
-    command = [sys.executable, "-m", "builder.fetch_model", "--model", REPO, "--revision", revision]
+    environment = {"HF_ENDPOINT": address, "HF_HOME": str(home)} | environment
+    command = ["builder.fetch_model", "--model", REPO, "--revision", revision, "--output", str(output)]
+    if not around:
+        return forks.run_module(*command, **environment)
     return subprocess.run(
-        [*(["sh", "-c", around, "sh"] if around else []), *command, "--output", output],
+        ["sh", "-c", around, "sh", sys.executable, "-m", *command],
         cwd=ROOT,
-        env=os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(home)} | environment,
+        env=os.environ | environment,
         text=True,
         capture_output=True,
     )

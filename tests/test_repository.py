@@ -12,9 +12,8 @@ from src.errors import StartError
 from src.model import repository
 from src.model.checks import WEIGHTS
 from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION, Settings
-from tests.support import hub
+from tests.support import forks, hub
 from tests.support.layouts import edit, halve, weight_file
-from tests.support.processes import python
 
 REPO = "someone/tiny"
 
@@ -39,7 +38,7 @@ def test_impossible_model_id_is_refused(model_id: str, said: str):
 
 
 def find(environment: dict[str, str], *, runpod_cache: Path | None = None) -> str:
-    """Runs ``repository.find`` in a fresh process, since huggingface_hub reads its environment at import."""
+    """Runs ``repository.find`` in a process of its own, since huggingface_hub reads its environment only once."""
     code = (
         "from pathlib import Path; from src.errors import StartError\n"
         "from src.model import repository; from src.settings import Settings\n"
@@ -47,7 +46,7 @@ def find(environment: dict[str, str], *, runpod_cache: Path | None = None) -> st
         "try: print(repository.find(Settings.from_environment()).where)\n"
         "except StartError as error: print('refused:', error)"
     )
-    return python(code, MODEL_ID=REPO, **environment)
+    return forks.python(code, MODEL_ID=REPO, **environment)
 
 
 @pytest.mark.process

@@ -1,16 +1,21 @@
 """Programs in forks of a process that has imported the libraries, for tests in which the imports are not the point.
 
-A fork starts in 0.1 s. Environment variables that the libraries read at import have no effect in it.
+A fork starts in 0.1 s. Environment variables that libraries read at import have no effect in it, but for those of
+huggingface_hub, which are read again.
 """
 
+import importlib
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import huggingface_hub
 
 import handler
 from tests.support.processes import ROOT, users_environment
@@ -24,6 +29,11 @@ def python(code: str, **environment: str) -> str:
     ran = _run(ROOT, os.environ | environment, _execute, code)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
+
+
+def run_module(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``python -m module`` with ``arguments``."""
+    return _run(ROOT, os.environ | environment, _run_as_main, module, *arguments)
 
 
 def run_handler(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -55,11 +65,17 @@ def _enter(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    importlib.reload(huggingface_hub.constants)
     function(*arguments)
 
 
 def _execute(code: str) -> None:
     exec(code, {})
+
+
+def _run_as_main(module: str, *arguments: str) -> None:
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _call_handler(*arguments: str) -> None:
