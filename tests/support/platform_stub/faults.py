@@ -1,4 +1,4 @@
-"""The platform misbehaving on demand."""
+"""Faults of the platform on demand."""
 
 import asyncio
 import re
@@ -14,28 +14,28 @@ RouteHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass
 class Fault:
-    """What the platform does wrong ``times`` times, at paths that have ``path`` (a regular expression) in them."""
+    """A fault that occurs ``times`` times, at paths that contain ``path``, a regular expression."""
 
     path: str
     times: int = 1
     status: int | None = None
-    """Answers with this status instead of doing what was asked."""
+    """Answers with this status and ignores the request."""
     drop: bool = False
-    """Closes the connection without an answer, without doing what was asked."""
+    """Closes the connection without an answer and ignores the request."""
     lost: bool = False
-    """Does what was asked, then closes the connection without an answer."""
+    """Carries out the request, then closes the connection without an answer."""
     text: str | None = None
-    """Answers with this, said to be JSON, instead of doing what was asked."""
+    """Answers with this text, declared as JSON, and ignores the request."""
     raw: str | None = None
     """Sends this in place of an HTTP answer, and closes the connection; does what was asked only if ``lost``."""
     location: str | None = None
-    """Sent with ``status``: where a redirect leads."""
+    """The target of a redirect, sent with ``status``."""
     twice: bool = False
-    """Hands out the next job that is taken once more."""
+    """Hands out the next job twice."""
     delay: float = 0.0
-    """Does what was asked only so many seconds later."""
+    """Carries out the request so many seconds later."""
     body: str = ""
-    """Only if the request's body has this in it."""
+    """Affects only requests whose body contains this."""
 
 
 class Chaos:
@@ -62,7 +62,7 @@ class Chaos:
     }
 
     def __init__(self, seed: int, share: float) -> None:
-        """``share`` of the requests fail, from 0 to 1."""
+        """``share``, from 0 to 1, of the requests fail."""
         self._seed = seed
         self._share = share
         self._routes: dict[str, Random] = {}
@@ -77,7 +77,7 @@ class Chaos:
 
 
 class Faults(list[Fault]):
-    """The faults to come, as a middleware of the platform's server; ``POST /faults`` adds one."""
+    """The faults to come, with a middleware that applies them. ``POST /faults`` adds one."""
 
     chaos: Chaos | None = None
 
