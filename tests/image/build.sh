@@ -78,7 +78,8 @@ run pip check || fail "the packages do not fit together"
 
 say "what the image holds, in MB: CUDA libraries, PyTorch, other packages, the model, the worker, Python and Debian"
 # a file counts for the first place that holds it
-run sh -c 'cd /usr/local/lib/python3.11/*-packages && du -xcs --apparent-size --block-size=MB nvidia torch . /model /app /'
+buildah run --user root "$container" -- sh -c \
+    'cd /usr/local/lib/python3.11/*-packages && du -xcs --apparent-size --block-size=MB nvidia torch . /model /app /'
 
 say "the image's settings"
 id=$(run id -u)
