@@ -1,8 +1,8 @@
 """Imports PyTorch, diffusers, transformers and RunPod's SDK, and defers those of their imports that no start needs.
 
-Only this module knows the order of imports and which of them are deferred. A deferred
-module is imported in full when something in it is first used, so that a newer library can only make a start slower.
-Written for torch 2.13, diffusers 0.42, transformers 5.23 and runpod 1.12; it can go when they import less.
+Only this module knows the order of imports and which of them are deferred. A deferred module is imported in full when
+something in it is first used, so a newer library can only make a start slower. Written for torch 2.13, diffusers 0.42,
+transformers 5.23 and runpod 1.12; it can go when they import less.
 """
 
 import gc
