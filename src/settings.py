@@ -50,7 +50,7 @@ class Settings(BaseModel):
         None,
         title="Model",
         description="Hub id, local directory, or `demo` for the embedded model. "
-        f"Default: `{DEFAULT_MODEL_ID}` on a CUDA device, `demo` otherwise",
+        f"Default: `{DEFAULT_MODEL_ID}` on RunPod or with a CUDA device, `demo` otherwise",
         json_schema_extra={
             "description": "Hub id or local directory of another Stable Diffusion 1.x model; /model is the image's own",
             "default": "/model",
