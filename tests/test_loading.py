@@ -20,6 +20,12 @@ from tests.support.engines import build, pipe_of
 from tests.support.layouts import edit, halve, rewrite, set_scheduler, weight_file
 
 
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has PyTorch say that there is a CUDA device; a build for CUDA must not ask it anything."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])
+
+
 @pytest.fixture
 def copy(v1_4_repository: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(v1_4_repository, tmp_path / "copy"))
@@ -63,7 +69,7 @@ def test_weights_are_loaded_in_float16_onto_a_gpu(v1_4_repository: Path, monkeyp
             return real(*args, **kwargs | {"device_map": "cpu"})
 
         monkeypatch.setattr(model, "from_pretrained", on_cpu_after_all)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pretend_cuda(monkeypatch)
     pipe = load(model_id=v1_4_repository)
     assert asked == [(torch.float16, "cuda", True)] * 4
     parts = (pipe.unet, pipe.vae, pipe.text_encoder, pipe.safety_checker)
@@ -82,7 +88,7 @@ def test_default_model_is_pinned_v1_4_on_a_gpu_and_the_embedded_one_elsewhere(
     monkeypatch.setattr(repository, "snapshot_download", nowhere)
     assert build(None).model_name == "demo"
     monkeypatch.setattr(cuda_driver, "shows_device", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pretend_cuda(monkeypatch)
     with pytest.raises(StartError):
         build(None)
     assert set(asked) == {(DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION)}
