@@ -73,9 +73,9 @@ class Worker:
             if len(self._kept) > KEPT_ANSWERS:
                 del self._kept[next(iter(self._kept))]
 
-    async def _answer(self, job: dict[str, Any], may_upload: bool) -> dict[str, Any]:
+    async def _answer(self, job: dict[str, Any], read_input: openai.ReadInput) -> dict[str, Any]:
         try:
-            return await self._generate(job, may_upload)
+            return await self._generate(job, *read_input(job.get("input")))
         except JobError as error:
             if error.__cause__:
                 log.error("".join(traceback.format_exception(error.__cause__)), job["id"])
@@ -87,8 +87,8 @@ class Worker:
                 return {"error": "this worker has no file descriptor left: send the job again"}
             return {"error": f"internal error, see the worker's log for job {job['id']}"}
 
-    async def _generate(self, job: dict[str, Any], may_upload: bool) -> dict[str, Any]:
-        request = ImageRequest.parse(job.get("input"), self._engine.limits)
+    async def _generate(self, job: dict[str, Any], job_input: object, may_upload: bool) -> dict[str, Any]:
+        request = ImageRequest.parse(job_input, self._engine.limits)
         progress = Progress()
 
         def report() -> dict[str, Any]:

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "settings": GROUND,
     "api": {"settings", *GROUND},
     "model": {"settings", *GROUND},
-    "serving": {"settings", *GROUND},
+    "serving": {"api", "settings", *GROUND},
     "startup": {"model", "settings", *GROUND},
     "generation": {"api", "model", "settings", *GROUND},
     "worker": {"generation", "api", "serving", "settings", *GROUND},

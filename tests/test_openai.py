@@ -14,6 +14,7 @@ from PIL import Image
 
 from src.api import openai
 from src.api.bucket import Bucket
+from src.api.request import ImageRequest, ModelLimits
 from src.generation.engine import Engine
 from src.settings import Settings
 from src.worker import Worker
@@ -68,6 +69,7 @@ def test_model_list_has_the_one_model(images: OpenAI):
     [
         ({"n": 9}, "n", "invalid input: n: must be at most 4, got 9"),
         ({"size": "65x64"}, "size", "invalid input: size: must be a multiple of 8, got 65"),
+        ({"size": "512x512"}, "size", "invalid input: size: must be at most 256, got 512"),
         ({"size": "large"}, "size", "invalid input: size: must be auto or such as 512x512, got large"),
         (
             {"response_format": "url"},
@@ -132,11 +134,48 @@ def test_answer_has_links_if_there_is_a_bucket_and_no_file_is_requested(
 
 
 @pytest.mark.parametrize("body", [None, [], "the sea", {}, {"prompt": None, "size": ["64x64"]}])
-def test_malformed_body_is_refused_in_openais_format(v1_4_engine: Engine, body: object):
-    job = {"id": "1", "input": {"openai_route": openai.IMAGES, "openai_input": body}}
+def test_malformed_body_is_logged_and_refused_in_openais_format(
+    v1_4_engine: Engine, capsys: pytest.CaptureFixture, body: object
+):
+    job = {"id": "job-1", "input": {"openai_route": openai.IMAGES, "openai_input": body}}
     error = asyncio.run(Worker(v1_4_engine, Settings()).handle(job))["error"]
     assert error["type"] == "invalid_request_error"
     assert error["message"].startswith("invalid input: ")
+    assert "job-1 | failed: invalid input\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("client", "body", "fields"),
+    [
+        (
+            "Open WebUI",
+            {"model": "dall-e-2", "n": 1, "size": "512x512", "response_format": "b64_json"},
+            {"width": 512, "height": 512, "num_images": 1},
+        ),
+        (
+            "LibreChat's image_gen_oai",
+            {
+                "model": "gpt-image-1",
+                "n": 1,
+                "background": "auto",
+                "output_format": "png",
+                "quality": "auto",
+                "size": "auto",
+            },
+            {"num_images": 1, "output_format": "png"},
+        ),
+        (
+            "LibreChat's dalle",
+            {"model": "dall-e-3", "n": 1, "quality": "standard", "style": "vivid", "size": "1024x1024"},
+            {"width": 1024, "height": 1024, "num_images": 1},
+        ),
+    ],
+)
+def test_request_of_a_known_client_is_accepted(client: str, body: dict[str, Any], fields: dict[str, Any]):
+    call = {"openai_route": openai.IMAGES, "openai_input": {"prompt": "the sea"} | body}
+    job_input, _ = openai.read_input(call, has_bucket=False)
+    assert job_input == {"prompt": "the sea"} | fields
+    ImageRequest.parse(job_input, ModelLimits(native_size=512, max_size=1024, scheduler="PNDM"))
 
 
 def test_lost_device_is_a_server_error_and_replaces_the_worker():

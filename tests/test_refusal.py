@@ -37,6 +37,8 @@ def test_jobs_are_answered_with_the_start_error_when_no_restart_can_help(
         for _ in "ab":
             done = client.generate()
             assert (done["status"], done["error"]) == ("FAILED", f"this endpoint cannot start: {why}")
+        error = client.post("openai/v1/images/generations", {"prompt": "the sea"})["error"]
+        assert (error["type"], error["message"]) == ("server_error", f"this endpoint cannot start: {why}")
         assert worker.poll() is None
     lines = (tmp_path / "log").read_text().splitlines()
     assert len([line for line in lines if f"the worker cannot start: {why}" in line]) == 1

@@ -7,6 +7,7 @@ RunPod turns a call to an endpoint's ``/openai/v1/...`` into a job with the inpu
 import re
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from src.errors import JobError, shortened
@@ -17,28 +18,24 @@ NAMES = {"n": "num_images", "output_compression": "output_quality"}
 """OpenAI's names for fields that are called otherwise here."""
 WITHOUT_EFFECT = {"background", "model", "moderation", "quality", "safety_identifier", "style", "user"}
 """OpenAI's fields that mean nothing here. There is only one model, whatever ``model`` says."""
+INVALID = "invalid input: "
+"""How the error of an invalid request begins."""
 
-Answer = Callable[[dict[str, Any], bool], Awaitable[dict[str, Any]]]
-"""Takes a job and whether its pictures may go to the bucket; returns the job's output or ``error``."""
+ReadInput = Callable[[object], tuple[object, bool]]
+"""Takes a job's input; returns that of an ``ImageRequest``, and whether its pictures may go to the bucket."""
+Answer = Callable[[dict[str, Any], ReadInput], Awaitable[dict[str, Any]]]
+"""Takes a job and how to read its input; returns the job's output or ``error``."""
 
 
 async def answer(job: dict[str, Any], answer_job: Answer, model_name: str, has_bucket: bool) -> dict[str, Any]:
     """Answers a job that came through OpenAI's API in that API's shape, and any other with ``answer_job``."""
-    call = job.get("input")
-    if not (isinstance(call, dict) and "openai_route" in call):
-        return await answer_job(job, True)
-    route, body = call["openai_route"], call.get("openai_input")
-    if route == MODELS:
+    if not is_call(job):
+        return await answer_job(job, lambda job_input: (job_input, True))
+    if job["input"]["openai_route"] == MODELS:
         return {"object": "list", "data": [{"id": model_name, "object": "model", "created": 0, "owned_by": "runpod"}]}
-    try:
-        if route != IMAGES:
-            raise JobError(f"invalid input: no such route, there are {IMAGES} and {MODELS}")
-        wants_file = isinstance(body, dict) and _wants_file(body, has_bucket)
-        output = await answer_job(job | {"input": request_input(body)}, not wants_file)
-    except JobError as error:
-        output = {"error": str(error)}
+    output = await answer_job(job, partial(read_input, has_bucket=has_bucket))
     if "error" in output:
-        return output | {"error": _error(output["error"])}
+        return output | {"error": error(output["error"])}
     return {
         "created": int(time.time()),
         "data": [_image(image) for image in output.get("images", [output])],
@@ -47,32 +44,35 @@ async def answer(job: dict[str, Any], answer_job: Answer, model_name: str, has_b
     }
 
 
-def request_input(body: object) -> object:
-    """Converts the body of a call to ``IMAGES`` to the input of an ``ImageRequest``.
+def is_call(job: dict[str, Any]) -> bool:
+    """Whether a job came through OpenAI's API."""
+    return isinstance(job.get("input"), dict) and "openai_route" in job["input"]
+
+
+def read_input(call: Any, has_bucket: bool) -> tuple[object, bool]:
+    """Converts the input of a job that came through OpenAI's API, as a ``ReadInput``.
 
     Raises:
-        JobError: if ``size`` is invalid.
+        JobError: if the route is none of the supported ones, or if ``size`` or ``response_format`` is invalid.
     """
+    if call["openai_route"] != IMAGES:
+        raise JobError(f"{INVALID}no such route, there are {IMAGES} and {MODELS}")
+    body = call.get("openai_input")
     if not isinstance(body, dict):
-        return body
+        return body, False
+    wanted = body.get("response_format")
+    if wanted not in (None, "b64_json", "url") or (wanted == "url" and not has_bucket):
+        allowed = "b64_json or url" if has_bucket else "b64_json, since this endpoint has no bucket"
+        raise JobError(f"{INVALID}response_format: must be {allowed}, got {shortened(wanted)}")
     no_fields = WITHOUT_EFFECT | {"response_format", "size"}
     fields = {NAMES.get(name, name): value for name, value in body.items() if name not in no_fields}
     size = body.get("size")
     if size not in (None, "auto"):
         match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size) if isinstance(size, str) else None
         if not match:
-            raise JobError(f"invalid input: size: must be auto or such as 512x512, got {shortened(size)}")
+            raise JobError(f"{INVALID}size: must be auto or such as 512x512, got {shortened(size)}")
         fields |= {"width": int(match[1]), "height": int(match[2])}
-    return fields
-
-
-def _wants_file(body: dict[str, Any], has_bucket: bool) -> bool:
-    """Whether the client asks for the picture itself, even if there is a bucket."""
-    wanted = body.get("response_format")
-    if wanted not in (None, "b64_json", "url") or (wanted == "url" and not has_bucket):
-        allowed = "b64_json or url" if has_bucket else "b64_json, since this endpoint has no bucket"
-        raise JobError(f"invalid input: response_format: must be {allowed}, got {shortened(wanted)}")
-    return wanted == "b64_json"
+    return fields, wanted != "b64_json"
 
 
 def _image(image: dict[str, Any]) -> dict[str, Any]:
@@ -80,13 +80,17 @@ def _image(image: dict[str, Any]) -> dict[str, Any]:
     return file | {"seed": image["seed"]}
 
 
-def _error(message: str) -> dict[str, Any]:
+def error(message: str) -> dict[str, Any]:
     """Converts a job's error to OpenAI's shape, with OpenAI's names of the fields."""
-    is_invalid = message.startswith("invalid input: ")
+    is_invalid = message.startswith(INVALID)
     if is_invalid:
         theirs = {ours: name for name, ours in NAMES.items()} | {"width": "size", "height": "size"}
-        message = re.sub(r"(?<=: |; )(\w+)(?=: )", lambda name: theirs.get(name[1], name[1]), message)
-    field = re.match(r"invalid input: (\w+): ", message)
+        faults = re.sub(
+            r"(^|(?<=; ))\w+(?=: )", lambda name: theirs.get(name[0], name[0]), message.removeprefix(INVALID)
+        )
+        # one value of size can be wrong for both width and height
+        message = INVALID + "; ".join(dict.fromkeys(faults.split("; ")))
+    field = re.match(rf"{INVALID}(\w+): ", message)
     return {
         "message": message,
         "type": "invalid_request_error" if is_invalid else "server_error",

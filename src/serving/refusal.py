@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import runpod
 
+from src.api import openai
 from src.errors import JobError, StartError, one_line
 from src.serving import worker_loop
 from src.settings import Settings
@@ -41,7 +42,8 @@ def refuse_to_start(error: Exception, *, takes_jobs: bool) -> NoReturn:
 
 def _answer_jobs(reason: str) -> None:
     async def handle(job: dict[str, Any]) -> dict[str, Any]:
-        return {"error": f"this endpoint cannot start: {reason}"}
+        message = f"this endpoint cannot start: {reason}"
+        return {"error": openai.error(message) if openai.is_call(job) else message}
 
     def repeat() -> None:
         while True:
