@@ -124,6 +124,7 @@ def main() -> None:
         os.environ["RUNPOD_LOG_LEVEL"] = arguments.rp_log_level
     # imported late, so that --help and misspelt arguments are answered at once
     from src.serving import api_server, one_job
+    from src.serving.shared_memory import check_shared_memory
     from src.settings import Settings, on_pod, on_runpod
     from src.startup.import_libraries import set_environment
 
@@ -131,6 +132,8 @@ def main() -> None:
     serves_pod = on_pod() and not arguments.rp_serve_api and arguments.test_input is None
     runs_one_job = not arguments.rp_serve_api and (arguments.test_input is not None or not (on_runpod() or on_pod()))
     try:
+        if on_runpod():
+            check_shared_memory()
         settings = Settings.from_environment()
         if arguments.rp_serve_api:
             api_server.check_address(arguments.rp_api_host, arguments.rp_api_port)

@@ -70,6 +70,20 @@ def test_worker_takes_no_job_and_reports_why_when_another_host_may_help(
     assert ("Traceback" in text.split("the worker cannot start")[0]) == ("ALWAYS_CRASH" in settings)
 
 
+def test_worker_without_shared_memory_reports_so_before_it_loads_the_model(tmp_path: Path):
+    if os.geteuid() or not shutil.which("unshare"):
+        pytest.skip("needs root, to mount a /dev/shm that cannot be written")
+    mount = 'mount -t tmpfs -o ro none /dev/shm && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", mount, "sh", sys.executable, str(HANDLER)]
+    with serving() as platform, (tmp_path / "log").open("wb") as log:
+        worker = platform.workers[platform.start_worker(command, log=log, MODEL_ID="/nowhere")]
+        assert worker.process.wait(20) == 1
+        assert [ping["status"] for ping in worker.pings] == ["unhealthy"]
+    text = (tmp_path / "log").read_text()
+    assert "the worker cannot start: cannot write to /dev/shm, which the heartbeat needs: [Errno 30] Read-only" in text
+    assert "Traceback" not in text
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_process_1_of_a_container_ends_at_once_on_a_signal_during_start(tmp_path: Path, number: signal.Signals):
     if os.geteuid() or not shutil.which("unshare"):
