@@ -1,9 +1,6 @@
-import gc
 import os
 import sys
 
-# imports leave no garbage, so collection would only slow them down
-gc.disable()
 os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
 # small models gain nothing from more threads, and several processes run at a time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,58 +17,63 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import requests
-import torch
-
-from src.startup.import_libraries import import_libraries
-
-# as handler.py does, so the tests run with the same deferred imports as the worker
-import_libraries()
-
-from diffusers import StableDiffusionPipeline
 
 from src.generation.engine import Engine
 from src.settings import Settings
-from tests.support import engines
+from src.startup.import_libraries import import_libraries
 from tests.support.client import Client, until
 from tests.support.platform_stub import HANDLER, Platform, serving
 from tests.support.processes import FAULTY
-from tests.support.v1_4 import make_repository
 
-gc.freeze()
-gc.enable()
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+def pytest_collection() -> None:
+    """Imports the libraries as handler.py does. With ``-n``, the process that hands out the tests does without them."""
+    import_libraries()
 
 
 @pytest.fixture(scope="session")
 def v1_4_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small v1-4 with random weights. Tests that change it copy it first."""
+    from tests.support.v1_4 import make_repository
+
     return make_repository(tmp_path_factory.mktemp("v1-4"))
 
 
 @pytest.fixture(scope="session")
-def pipes(v1_4_repository: Path) -> dict[str, StableDiffusionPipeline]:
+def pipes(v1_4_repository: Path) -> "dict[str, StableDiffusionPipeline]":
+    from tests.support import engines
+
     return {name: engines.pipe_of(engines.build(name)) for name in (str(v1_4_repository), "demo")}
 
 
 @pytest.fixture
-def v1_4_pipe(pipes: dict[str, StableDiffusionPipeline], v1_4_repository: Path) -> StableDiffusionPipeline:
+def v1_4_pipe(pipes: "dict[str, StableDiffusionPipeline]", v1_4_repository: Path) -> "StableDiffusionPipeline":
     return pipes[str(v1_4_repository)]
 
 
 @pytest.fixture
-def demo_pipe(pipes: dict[str, StableDiffusionPipeline]) -> StableDiffusionPipeline:
+def demo_pipe(pipes: "dict[str, StableDiffusionPipeline]") -> "StableDiffusionPipeline":
     return pipes["demo"]
 
 
 @pytest.fixture
-def v1_4_engine(v1_4_pipe: StableDiffusionPipeline, v1_4_repository: Path) -> Engine:
+def v1_4_engine(v1_4_pipe: "StableDiffusionPipeline", v1_4_repository: Path) -> Engine:
+    from tests.support import engines
+
     return engines.around(v1_4_pipe, v1_4_repository.name)
 
 
 @pytest.fixture
-def demo_engine(demo_pipe: StableDiffusionPipeline) -> Engine:
+def demo_engine(demo_pipe: "StableDiffusionPipeline") -> Engine:
+    from tests.support import engines
+
     return engines.around(demo_pipe, "demo")
 
 
@@ -92,6 +94,8 @@ PROCESS_FIXTURES = {"platform", "local_server", "node_modules"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    import torch
+
     without_device = not torch.cuda.is_available() and not config.getoption("small")
     for item in items:
         if without_device and item.get_closest_marker("gpu"):
