@@ -174,6 +174,24 @@ def test_interrupt_during_the_start_ends_it_without_a_traceback(tmp_path: Path, 
     assert "Traceback" not in said
 
 
+def test_interrupt_during_a_job_ends_it_at_once():
+    code = f"""
+import asyncio, os, signal, sys
+from src.serving.one_job import run_job
+
+async def interrupted(job):
+    os.kill(os.getpid(), signal.SIGINT)
+    await asyncio.sleep(20)
+    return {{"error": "not interrupted"}}
+
+sys.argv = ["handler.py", "--test_input", {job()!r}]
+if not (child := os.fork()):
+    run_job(interrupted, quiet=True)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert forks.python(code).splitlines()[-1] == f"{-signal.SIGINT}"
+
+
 def test_older_python_is_refused_with_one_line():
     code = f"import runpy, sys\nsys.version_info = (3, 10, 12)\nrunpy.run_path({str(HANDLER)!r}, run_name='__main__')"
     ran = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)

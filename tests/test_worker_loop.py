@@ -436,6 +436,32 @@ def test_failing_platform_costs_one_line_and_no_job(stub: Platform, fault: Fault
     assert "ERROR" not in log
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("job-take", trickle=True, text='{"id": '),
+        Fault("job-stop", trickle=True, text='{"jobsToStop": '),
+        Fault("job-done", trickle=True),
+    ],
+    ids=described,
+)
+def test_answer_that_never_ends_costs_no_job(stub: Platform, fault: Fault):
+    def clients() -> None:
+        client = Client(stub)
+        job = client.run()
+        until(lambda: not stub.faults)
+        assert client.finished(job)["status"] == client.generate()["status"] == "COMPLETED"
+        unwanted = client.run("unwanted")
+        client.until(unwanted, "IN_PROGRESS")
+        client.post(f"cancel/{unwanted}")
+        until(lambda: not JobsProgress().get_job_count())
+        assert results(stub, unwanted) == []
+
+    stub.faults.append(fault)
+    stub.poll_seconds = 0.1
+    work(until_unwanted, clients, concurrency=1, timing=replace(SHORT, poll_timeout=0.3))
+
+
 async def until_unwanted(job: dict[str, Any]) -> dict[str, Any]:
     if job["input"]["prompt"] == "unwanted":
         await asyncio.sleep(30)
@@ -450,14 +476,14 @@ def test_malformed_job_does_not_affect_the_others_of_its_answer(stub: Platform, 
         for job in jobs:
             stub.begin(stub.jobs[job], "worker-1")
         good = [{"id": jobs[0], "input": 1}, {"id": jobs[1]}]
-        bad: list[Any] = [None, "job", {}, {"input": {}}, {"id": None}, {"id": ["x"]}, {"id": ""}]
+        bad: list[Any] = [None, "job", {}, {"input": {}}, {"id": None}, {"id": ["x"]}, {"id": ""}, {"id": "\ud800"}]
         stub.queue.clear()
         stub.faults.append(Fault("job-take-batch", text=json.dumps([*bad[:4], *good, *bad[4:]])))
         assert [client.finished(job)["output"] for job in jobs] == [{"seen": 1}, {"seen": None}]
 
     stub.poll_seconds = 0.2
     work(echo, clients)
-    assert "7 of 9 jobs dropped" in capsys.readouterr().out
+    assert "8 of 10 jobs dropped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -81,10 +81,12 @@ def receiver(*statuses: int) -> Iterator[tuple[str, list[tuple[float, dict[str, 
         def log_message(self, *_: object) -> None: ...
 
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.send_response(statuses[len(received)])
             self.end_headers()
-            received.append((time.monotonic(), json.loads(body)))
+            received.append((time.monotonic(), json.loads(body or "null")))
+
+        do_GET = do_POST
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
     threading.Thread(target=server.serve_forever, daemon=True).start()

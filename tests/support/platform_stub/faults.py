@@ -28,6 +28,8 @@ class Fault:
     """Answers with this text, declared as JSON, and ignores the request."""
     raw: str | None = None
     """Sends this in place of an HTTP answer, and closes the connection; does what was asked only if ``lost``."""
+    trickle: bool = False
+    """Sends a space now and then after the answer, for ever."""
     location: str | None = None
     """The target of a redirect, sent with ``status``."""
     twice: bool = False
@@ -98,6 +100,8 @@ class Faults(list[Fault]):
                 else:
                     request.transport.abort()
             raise asyncio.CancelledError
+        if fault and fault.trickle:
+            return await _trickle(request, fault.text or (await handler(request)).text)
         if fault and fault.text is not None:
             return web.Response(text=fault.text, content_type="application/json")
         if fault and fault.status:
@@ -120,3 +124,12 @@ class Faults(list[Fault]):
         fault.times -= 1
         if not fault.times:
             self.remove(fault)
+
+
+async def _trickle(request: web.Request, text: str | None) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    await response.write((text or "").encode())
+    while True:
+        await response.write(b" ")
+        await asyncio.sleep(0.05)
