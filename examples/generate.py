@@ -1,109 +1,85 @@
-"""How a Python application calls the worker: with RunPod's SDK.
+"""Generates pictures with RunPod's SDK.
 
-ENDPOINT_ID=... RUNPOD_API_KEY=... python examples/generate.py PROMPT [-o FILE] [FIELD=VALUE ...]
+ENDPOINT_ID=... RUNPOD_API_KEY=... python examples/generate.py PROMPT [FIELD=VALUE ...]
 
-FIELD=VALUE is any field of the request, such as seed=7 or num_images=2. FILE's ending sets output_format.
-ENDPOINT_URL in place of both variables is the address of another endpoint, such as http://localhost:8000.
+FIELD=VALUE is any field of the request, such as seed=7 or output_format=webp. ENDPOINT_URL in place of both variables
+is the address of another endpoint, such as http://localhost:8000.
 """
 
-import argparse
-import base64
 import json
 import os
+import re
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import requests
 import runpod
+from requests.adapters import HTTPAdapter, Retry
 
 
 def generate(endpoint: runpod.Endpoint, job_input: dict[str, Any]) -> dict[str, Any]:
-    """Sends one job and returns its output; cancels the job when it is interrupted."""
-    job, method = endpoint.run({"input": job_input}), "GET"
+    """Sends a job and returns its output; cancels the job when interrupted."""
+    # requests of GET that fail are sent again
+    retries = HTTPAdapter(max_retries=Retry(8, backoff_factor=1, status_forcelist=[429, 500, 502, 503, 504]))
+    endpoint.rp_client.rp_session.mount(endpoint.rp_client.endpoint_url_base, retries)
+    job = endpoint.run({"input": job_input})
     try:
-        while not has_ended(job):
+        while (answer := status(endpoint, job))["status"] in ("IN_QUEUE", "IN_PROGRESS"):
             time.sleep(1)
-        if output := job.output():
-            return dict(output)
     except KeyboardInterrupt:
         job.cancel()
         raise
-    except requests.HTTPError as error:
-        if error.response.status_code != 405:
-            raise
-        method = "POST"  # the SDK's local server answers /status to nothing else
-    # the SDK does not say why a job failed, the endpoint does
-    url = f"{runpod.endpoint_url_base}/{job.endpoint_id}/status/{job.job_id}"
-    headers = {"Authorization": f"Bearer {runpod.api_key}"}
-    answer = requests.request(method, url, headers=headers, timeout=600).json()
     if not answer.get("output"):
         raise RuntimeError(f"job {job.job_id} ended as {answer['status']}: {answer.get('error', 'it has no output')}")
     return dict(answer["output"])
 
 
-def has_ended(job: runpod.endpoint.Job) -> bool:
+def status(endpoint: runpod.Endpoint, job: runpod.endpoint.Job) -> dict[str, Any]:
+    """The answer of /status, of which ``job.status()`` and ``job.output()`` leave out the error."""
+    path = f"{job.endpoint_id}/status/{job.job_id}"
     try:
-        return job.status() not in ("IN_QUEUE", "IN_PROGRESS")
-    except requests.RequestException as error:
-        # one failed request does not end the job, unless the endpoint refuses it
-        if error.response is not None and error.response.status_code < 429:
+        return dict(endpoint.rp_client.get(path))
+    except requests.HTTPError as error:
+        if error.response.status_code != 405:
             raise
-        return False
-
-
-def picture(image: dict[str, Any]) -> bytes:
-    """The file of one image of an output, from the output itself or from the endpoint's bucket."""
-    if "image" in image:
-        return base64.b64decode(image["image"])
-    link = requests.get(image["image_url"], timeout=120)
-    link.raise_for_status()
-    return link.content
-
-
-def field(argument: str) -> tuple[str, Any]:
-    """FIELD=VALUE: a JSON number is a number, anything else is text."""
-    name, value = argument.split("=", 1)
-    with suppress(ValueError):
-        if type(number := json.loads(value, parse_constant=str)) in (int, float):
-            return name, number
-    return name, value
+        return dict(endpoint.rp_client.post(path, {}, timeout=600))  # the SDK's local server
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("prompt")
-    parser.add_argument("fields", nargs="*", type=field, metavar="FIELD=VALUE")
-    parser.add_argument("-o", type=Path, dest="path", metavar="FILE", help="default: picture.png")
-    arguments = parser.parse_intermixed_args()
-    job_input = {"prompt": arguments.prompt} | dict(arguments.fields)
-    path = arguments.path or Path(f"picture.{job_input.get('output_format', 'png')}")
-    if (ending := path.suffix[1:].lower()).isalpha():
-        job_input.setdefault("output_format", "jpeg" if ending == "jpg" else ending)
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
+    job_input: dict[str, Any] = {"prompt": sys.argv[1]}
+    for field in sys.argv[2:]:
+        name, equals, value = field.partition("=")
+        if not equals:
+            sys.exit(f"generate.py: {field} is not FIELD=VALUE; a prompt of several words needs quotes")
+        is_number = re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?", value)
+        job_input[name] = json.loads(value) if is_number else value
 
-    runpod.api_key, endpoint_id = os.environ.get("RUNPOD_API_KEY", ""), os.environ.get("ENDPOINT_ID", "")
-    if url := os.environ.get("ENDPOINT_URL", "").rstrip("/"):
-        runpod.endpoint_url_base, _, endpoint_id = url.rpartition("/")
-    elif not (endpoint_id and runpod.api_key):
-        parser.error("set ENDPOINT_ID and RUNPOD_API_KEY, or ENDPOINT_URL")
+    key, endpoint_id = os.environ.get("RUNPOD_API_KEY"), os.environ.get("ENDPOINT_ID")
+    if url := os.environ.get("ENDPOINT_URL"):
+        runpod.endpoint_url_base, _, endpoint_id = url.rstrip("/").rpartition("/")
+    elif not (endpoint_id and key):
+        sys.exit("generate.py: set ENDPOINT_ID and RUNPOD_API_KEY, or ENDPOINT_URL")
+    output = generate(runpod.Endpoint(endpoint_id, key or "none"), job_input)
+
+    images = output.get("images", [output])
+    for i, image in enumerate(images, start=1):
+        path = Path(f"picture{f'-{i}' if len(images) > 1 else ''}.{output.get('output_format', 'png')}")
+        with urlopen(image.get("image_url") or f"data:;base64,{image['image']}", timeout=120) as file:
+            path.write_bytes(file.read())
+        print(f"{path} seed {image['seed']}")
+    for warning in output.get("warnings", []):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+if __name__ == "__main__":
     try:
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            sys.exit(f"generate.py: cannot write {path}")
-        output = generate(runpod.Endpoint(endpoint_id), job_input)
-        images = output.get("images", [output])
-        for i, image in enumerate(images, start=1):
-            name = path.with_stem(f"{path.stem}-{i}") if len(images) > 1 else path
-            name.write_bytes(picture(image))
-            print(f"{name} seed {image['seed']}")
-        for warning in output.get("warnings", []):
-            print(f"warning: {warning}", file=sys.stderr)
+        main()
     except (RuntimeError, OSError) as error:
         sys.exit(f"generate.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()
