@@ -38,7 +38,7 @@ RUN --mount=type=cache,target=/tmp/huggingface --mount=type=secret,id=hf_token \
     || HF_HOME=/tmp/huggingface HF_TOKEN_PATH=/run/secrets/hf_token PYTHONDONTWRITEBYTECODE=1 \
     python -m builder.fetch_model --model "$MODEL_ID" --revision "$MODEL_REVISION" --output /model
 
-# The list of files that a start opens lets each start read them ahead.
+# The list of files that a start reads lets each start read them ahead.
 COPY handler.py test_input.json ./
 COPY builder/record_start.py builder/
 COPY src src

@@ -1,4 +1,4 @@
-"""Records which files a start opens, so that later starts can read them ahead.
+"""Records which files a start reads, so that later starts can read them ahead.
 
 python -m builder.record_start --output src/start_files.txt
 """
@@ -11,9 +11,10 @@ from typing import Any
 
 
 def record() -> list[str]:
-    """Starts the worker with the embedded model; returns the files of Python and its packages that it opens, in order.
+    """Starts the worker with the embedded model; returns the files of Python and its packages that it reads.
 
-    Must run in a fresh process, in which nothing is imported yet.
+    First come the shared libraries, then all others in the order in which they are opened. Must run in a fresh process,
+    in which nothing is imported yet.
     """
     opened: dict[str, None] = {}
 
@@ -26,11 +27,14 @@ def record() -> list[str]:
     from src.settings import DEMO_MODEL_ID, Settings
 
     handler.build_worker(Settings(model_id=DEMO_MODEL_ID))
-    return [file for file in list(opened) if file.startswith((sys.prefix, sys.base_prefix)) and Path(file).is_file()]
+    # the linker opens libraries without an audit event
+    mapped = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+    read = dict.fromkeys([*mapped, *opened])
+    return [file for file in read if file.startswith((sys.prefix, sys.base_prefix)) and Path(file).is_file()]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Record which files a start opens.")
+    parser = argparse.ArgumentParser(description="Record which files a start reads.")
     parser.add_argument("--output", type=Path, required=True, help="file to write, a path a line")
     output: Path = parser.parse_args().output
     files = record()

@@ -115,10 +115,10 @@ def test_read_ahead_brings_files_into_the_page_cache(tmp_path: Path, monkeypatch
             del start
             return sum(page & 1 for page in pages) / len(pages)
 
-    def uncached(name: str) -> Path:
+    def uncached(name: str, size: int = prefetch.MAX_FILE_BYTES // 2) -> Path:
         path = tmp_path / name
         with path.open("wb") as file:
-            file.write(os.urandom(8 * 2**20))
+            file.write(os.urandom(size))
             file.flush()
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -127,22 +127,24 @@ def test_read_ahead_brings_files_into_the_page_cache(tmp_path: Path, monkeypatch
         return path
 
     weights, module, missing = uncached("weights"), uncached("a module.py"), tmp_path / "missing"
+    library = uncached("a library.so", 2 * prefetch.MAX_FILE_BYTES)
     start_files = tmp_path / "start_files.txt"
     monkeypatch.setattr(prefetch, "START_FILES", start_files)
     internals.read_ahead([weights, missing])
     assert (share_cached(weights), share_cached(module)) == (1, 0)
-    start_files.write_text(f"{missing}\n{module}\n")
+    start_files.write_text(f"{missing}\n{module}\n{library}\n")
     internals.read_ahead([])
-    assert share_cached(module) == 1
+    assert share_cached(module) == 1 and 0 < share_cached(library) < 1
 
 
 @pytest.mark.process
-def test_files_opened_by_a_start_are_recorded(tmp_path: Path):
+def test_files_read_by_a_start_are_recorded(tmp_path: Path):
     output = tmp_path / "start files.txt"
     subprocess.run([sys.executable, "-m", "builder.record_start", "--output", output], cwd=ROOT, check=True)
     files = [Path(line) for line in output.read_text().splitlines()]
     assert all(file.is_file() for file in files) and len(set(files)) == len(files) > 2000
-    assert {Path(module.__cached__) for module in (torch, runpod)} < set(files)
+    libraries = {file.name for file in files if ".so" in file.name}
+    assert {Path(module.__cached__) for module in (torch, runpod)} < set(files) and "libtorch_cpu.so" in libraries
 
 
 @pytest.mark.process
