@@ -51,7 +51,7 @@ def build_worker(settings: "Settings", progress_reports: "ProgressReports | None
     begun = time.monotonic()
     # imports dominate a cold start, so disk reads are started first
     found = repository.find_local(settings)
-    prefetch.begin(settings, found)
+    prefetch.begin(found)
     import_libraries()
     from runpod import RunPodLogger
 

@@ -147,21 +147,6 @@ def test_files_read_by_a_start_are_recorded(tmp_path: Path):
     assert {Path(module.__cached__) for module in (torch, runpod)} < set(files) and "libtorch_cpu.so" in libraries
 
 
-@pytest.mark.process
-def test_boto3_is_imported_in_the_background_only_for_a_bucket():
-    names = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY", "BUCKET_NAME")
-    bucket = dict.fromkeys(names, "https://storage.example.com")
-    code = (
-        "import sys, threading; from src import worker\n"
-        "from src.startup import prefetch; from src.settings import Settings\n"
-        f"for environment in ({{}}, {bucket}):\n"
-        "    prefetch.begin(Settings.from_environment(environment), None)\n"
-        "    for thread in threading.enumerate()[1:]: thread.join()\n"
-        "    print('boto3' in sys.modules)"
-    )
-    assert python(code) == "False\nTrue\n"
-
-
 def test_kernels_are_loaded_by_computing_something():
     internals.compute_something_small("cpu")
 

@@ -6,6 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
 from src.errors import JobError
 from src.settings import Settings
 
@@ -33,10 +37,6 @@ class Bucket:
     """
 
     def __init__(self, settings: Settings) -> None:
-        # imported here because most endpoints have no bucket; if there is one, ``prefetch`` has begun these imports
-        import boto3
-        from botocore.config import Config
-
         key, secret = settings.bucket_access_key_id, settings.bucket_secret_access_key
         assert settings.bucket_endpoint_url and settings.bucket_name and key and secret
         self._name = settings.bucket_name
@@ -89,8 +89,6 @@ class Bucket:
         Raises:
             JobError: if the bucket cannot be reached, refuses the picture or is somewhere else.
         """
-        from botocore.exceptions import BotoCoreError, ClientError
-
         try:
             self._client.put_object(Bucket=self._name, Key=key, Body=file, ContentType=media_type)
         except ClientError as error:

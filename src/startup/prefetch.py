@@ -1,7 +1,6 @@
 """Does in the background what a cold start will need, while the imports keep one core busy."""
 
 import ctypes
-import importlib
 import subprocess
 import threading
 from collections.abc import Callable, Iterable
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from src.model.repository import Repository
-from src.settings import Settings
 
 START_FILES = Path(__file__).parents[1] / "start_files.txt"
 """Lists the files of Python and its packages that a start reads, one path per line. ``builder/record_start.py`` writes
@@ -20,17 +18,14 @@ MAX_FILE_BYTES = 16 * 2**20
 that; reading all of it would keep the disk from the weights."""
 
 
-def begin(settings: Settings, found: Repository | None) -> None:
+def begin(found: Repository | None) -> None:
     """Starts what does not need PyTorch: reading packages and weights, creating the CUDA context.
 
     Args:
-        settings: the worker's settings.
         found: the model, if it is already on this machine.
     """
     in_background(_read_ahead, found.weight_files if found else [])
     in_background(_make_cuda_context)
-    if settings.bucket_name:
-        in_background(importlib.import_module, "boto3")
 
 
 def in_background(work: Callable[..., Any], *arguments: Any) -> threading.Thread:

@@ -51,7 +51,7 @@ def worker(model: str, done: Callable[[str], None]) -> None:
     settings = Settings(model_id=model)
     prefetch.START_FILES = START_FILES
     found = repository.find_local(settings)
-    prefetch.begin(settings, found)
+    prefetch.begin(found)
     done("settings, model found")
     import_libraries(done)
     import torch
