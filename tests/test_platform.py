@@ -25,7 +25,9 @@ from tests.support.processes import FAULTY
 
 pytestmark = pytest.mark.process
 
-SLOW = {"num_inference_steps": 150, "num_images": 4}
+SLOW = {"prompt": "slow", "num_inference_steps": 150, "width": 64, "height": 64, "guidance_scale": 0}
+"""A job of over 15 s, for ``FAULTY`` workers; see there."""
+THREE_SECONDS = SLOW | {"num_inference_steps": 30}
 
 
 def test_request_without_the_key_is_refused(platform: Platform, client: Client):
@@ -51,22 +53,22 @@ def test_sdks_own_client_works(platform: Platform, client: Client, monkeypatch: 
     job = endpoint.run({"prompt": "the sea", "num_inference_steps": 2})
     assert picture(job.output(timeout=60)).size == (128, 128)
     assert endpoint.run_sync({"promt": "x"}) is None
-    job = endpoint.run({"prompt": "the sea", "width": 256, "height": 256} | SLOW)
+    job = endpoint.run(SLOW)
     assert job.cancel()["status"] == "CANCELLED"
 
 
 def test_progress_comes_once_a_second_and_never_after_the_result(platform: Platform, client: Client):
-    job = client.run(**SLOW)
+    job = client.run(**THREE_SECONDS)
     shown = until(lambda: client.get(f"status/{job}").get("output"))
-    assert shown["steps"] == 150
-    assert shown["progress"] == pytest.approx(100 * shown["step"] / 150, abs=1)
+    assert shown["steps"] == 30
+    assert shown["progress"] == pytest.approx(100 * shown["step"] / 30, abs=1)
     assert client.finished(job)["status"] == "COMPLETED"
     reports = [(at, post["output"]["progress"]) for at, post in platform.jobs[job].posts[:-1]]
     assert reports == sorted(reports, key=lambda report: report[1])
     assert len(reports) >= 2 and min(np.diff([at for at, _ in reports])) >= 0.95
 
     platform.faults.append(Fault("job-done", times=100, delay=3, body="IN_PROGRESS"))
-    late = client.run(**SLOW)
+    late = client.run(**THREE_SECONDS)
     assert client.finished(late)["status"] == "COMPLETED"
     platform.faults.clear()
     for each in (job, late):
@@ -79,11 +81,11 @@ def test_failed_progress_report_does_not_affect_the_job(platform: Platform, clie
         Fault("job-done", status=500, body="IN_PROGRESS"),
         Fault("job-done", drop=True, body="PROGRESS"),
     ]
-    assert client.generate(**SLOW)["status"] == "COMPLETED"
+    assert client.generate(**THREE_SECONDS)["status"] == "COMPLETED"
 
 
 def test_cancelled_job_frees_the_device(platform: Platform, client: Client):
-    long = client.run(width=256, height=256, **SLOW)
+    long = client.run(**SLOW)
     client.until(long, "IN_PROGRESS")
     waiting = client.run("the sea", width=256, num_inference_steps=1)
     client.until(waiting, "IN_PROGRESS")
@@ -101,7 +103,7 @@ def test_job_is_stopped_after_its_execution_timeout(
     platform: Platform, client: Client, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(platform, "speed", 4)
-    long = client.run(width=256, height=256, policy={"executionTimeout": 6000}, **SLOW)
+    long = client.run(policy={"executionTimeout": 6000}, **SLOW)
     assert client.finished(long)["status"] == "TIMED_OUT"
     assert client.generate("the sea")["status"] == "COMPLETED"
     assert results(platform, long) == []
@@ -109,7 +111,7 @@ def test_job_is_stopped_after_its_execution_timeout(
 
 def test_job_delivered_twice_is_generated_once(platform: Platform, client: Client):
     platform.faults.append(Fault("job-take", twice=True))
-    job = client.run(num_inference_steps=100)
+    job = client.run(**THREE_SECONDS)
     assert client.finished(job)["status"] == "COMPLETED"
     first, *more = until(lambda: len(sent := results(platform, job)) == 2 and sent)
     # generated again, it would have another random seed
@@ -158,7 +160,7 @@ def test_worker_that_shuts_down_keeps_its_jobs_after_a_second_sigterm_but_not_af
         assert worker.wait(3) == 130
 
 
-def test_worker_survives_an_outage_of_the_platform(tmp_path: Path):
+def test_worker_survives_an_outage_of_the_platform_and_ends_at_once_when_idle(tmp_path: Path):
     with serving() as platform:
         port = int(platform.url.rsplit(":", 1)[1])
     log = tmp_path / "log"
@@ -166,7 +168,7 @@ def test_worker_survives_an_outage_of_the_platform(tmp_path: Path):
         worker = platform.workers[platform.start_worker(log=file)].process
     try:
         until(lambda: b"cannot take jobs" in log.read_bytes())
-        before, seconds = psutil.Process(worker.pid).cpu_times(), 10
+        before, seconds = psutil.Process(worker.pid).cpu_times(), 5
         time.sleep(seconds)
         after = psutil.Process(worker.pid).cpu_times()
         assert after.user + after.system - before.user - before.system < 0.02 * seconds
@@ -175,6 +177,11 @@ def test_worker_survives_an_outage_of_the_platform(tmp_path: Path):
         with serving(port) as back:
             back.workers = platform.workers
             assert Client(back).generate()["status"] == "COMPLETED"
+            children = psutil.Process(worker.pid).children()
+            worker.terminate()
+            assert worker.wait(10) == 0
+            assert psutil.wait_procs(children, 10)[1] == []
+        assert "Warning" not in log.read_text()
     finally:
         platform.stop_workers()
 
@@ -240,7 +247,7 @@ def test_worker_with_a_poisoned_device_is_replaced():
     with serving() as platform:
         client = Client(platform)
         first = platform.start_worker(FAULTY, MAX_CONCURRENCY="3")
-        before = client.run(**SLOW)
+        before = client.run(**THREE_SECONDS)
         client.until(before, "IN_PROGRESS")
         poison, behind = client.run("poison"), client.run("the sea")
         client.until(behind, "IN_PROGRESS")
@@ -255,7 +262,7 @@ def test_worker_with_a_poisoned_device_is_replaced():
         assert (done["status"], done["workerId"]) == ("COMPLETED", "worker-2")
 
 
-def test_worker_with_a_hanging_device_is_replaced():
+def test_worker_with_a_hanging_device_asks_to_be_replaced():
     with serving() as platform:
         client = Client(platform)
         first = platform.start_worker(FAULTY, MAX_CONCURRENCY="2", STALL_TIMEOUT="3")
@@ -263,7 +270,6 @@ def test_worker_with_a_hanging_device_is_replaced():
         client.until(hung, "IN_PROGRESS")
         behind = client.run("the sea", width=256)
         client.until(behind, "IN_PROGRESS")
-        left = client.run("the sea")
         heartbeat = find_heartbeat(platform.workers[first])
         # the result is delivered before the process ends
         platform.faults.append(Fault(hung, times=4, status=500, body="error"))
@@ -273,8 +279,6 @@ def test_worker_with_a_hanging_device_is_replaced():
             assert results(platform, job)[0]["stopPod"] is True
         assert platform.workers[first].process.wait(20) == 1
         assert heartbeat.wait(5) is None
-        done = client.finished(left)
-        assert (done["status"], done["workerId"]) == ("COMPLETED", "worker-2")
 
 
 def test_blocked_log_output_delays_no_job():
@@ -285,8 +289,9 @@ def test_blocked_log_output_delays_no_job():
         client = Client(platform)
         # at this level, the SDK logs all outputs
         worker = platform.workers[platform.start_worker(log=log, RUNPOD_LOG_LEVEL="DEBUG")]
-        jobs = [client.run(num_inference_steps=1) for _ in range(200)]
-        assert {client.finished(job)["status"] for job in jobs} == {"COMPLETED"}
+        bad = [client.run(width=99) for _ in range(250)]
+        assert {client.finished(job)["status"] for job in bad} == {"FAILED"}
+        assert client.generate()["status"] == "COMPLETED"
         with os.fdopen(read, "rb") as reader:
             lines = (line for line in reader if b"lines dropped: nobody read the log" in line)
             threading.Timer(1, client.generate).start()
@@ -296,10 +301,9 @@ def test_blocked_log_output_delays_no_job():
         assert worker.process.poll() is None
 
 
-@pytest.mark.parametrize("closed", ["1", "2"])
-def test_worker_with_a_closed_output_works(closed: str):
+def test_worker_with_closed_outputs_works():
     with serving() as platform:
-        command = ["sh", "-c", f'exec "$@" {closed}>&-', "sh", sys.executable, str(HANDLER)]
+        command = ["sh", "-c", 'exec "$@" 1>&- 2>&-', "sh", sys.executable, str(HANDLER)]
         worker = platform.workers[platform.start_worker(command)]
         assert Client(platform).generate()["status"] == "COMPLETED"
         until(lambda: worker.pings)
@@ -330,11 +334,11 @@ def test_killed_heartbeat_is_replaced_and_ends_with_its_worker(tmp_path: Path):
         assert second.wait(10) is None
 
 
-def test_worker_finishes_its_jobs_and_takes_no_more_after_sigterm(tmp_path: Path):
+def test_worker_finishes_its_jobs_and_takes_no_more_after_sigterm():
     with serving(poll_seconds=30) as platform:
         client = Client(platform)
-        worker = platform.workers[platform.start_worker()].process
-        held = [client.run(num_inference_steps=100) for _ in range(2)]
+        worker = platform.workers[platform.start_worker(FAULTY)].process
+        held = [client.run(**SLOW | {"num_inference_steps": 20}) for _ in range(2)]
         for job in held:
             client.until(job, "IN_PROGRESS")
         left = client.run()
@@ -346,20 +350,11 @@ def test_worker_finishes_its_jobs_and_takes_no_more_after_sigterm(tmp_path: Path
         assert client.get(f"status/{left}")["status"] == "IN_QUEUE"
         assert ended < client.get(f"status/{held[1]}")["executionTime"] / 1000 + 2
 
-        with (tmp_path / "log").open("wb") as log:
-            idle = platform.workers[platform.start_worker(log=log)].process
-        assert client.finished(left)["status"] == "COMPLETED"
-        children = psutil.Process(idle.pid).children()
-        idle.terminate()
-        assert idle.wait(10) == 0
-        assert psutil.wait_procs(children, 10)[1] == []
-        assert "Warning" not in (tmp_path / "log").read_text()
-
 
 def test_two_workers_share_the_queue_and_survive_the_death_of_one():
     with serving() as platform:
         client = Client(platform)
-        names = [platform.start_worker(MAX_CONCURRENCY="1") for _ in range(2)]
+        names = [platform.start_worker(FAULTY, MAX_CONCURRENCY="1") for _ in range(2)]
         until(lambda: all(platform.workers[name].pings for name in names))
         jobs = [client.run("the sea", num_inference_steps=20) for _ in range(6)]
         done = [client.finished(job) for job in jobs]
@@ -367,7 +362,7 @@ def test_two_workers_share_the_queue_and_survive_the_death_of_one():
         assert {job["workerId"] for job in done} == set(names)
         assert [len(results(platform, job)) for job in jobs] == [1] * 6
 
-        lost = client.run(**SLOW)
+        lost = client.run(**THREE_SECONDS)
         name = client.until(lost, "IN_PROGRESS")["workerId"]
         platform.kill_worker(name)
         assert client.finished(lost)["status"] == "TIMED_OUT"

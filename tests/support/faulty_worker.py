@@ -1,8 +1,9 @@
-"""``handler.py`` with a pipeline that fails when a prompt or an environment variable tells it to."""
+"""``handler.py`` with a pipeline that fails, or is slow, when a prompt or an environment variable tells it to."""
 
 import os
 import socket
 import threading
+import time
 from typing import Any
 
 import handler
@@ -10,6 +11,10 @@ from src.startup.import_libraries import import_libraries
 
 SECRETS = f"at {__file__} on {socket.gethostname()} with token {os.environ.get('RUNPOD_AI_API_KEY')}"
 """Text that no client may ever read."""
+
+
+STEP_SECONDS = 0.1
+"""How much longer each step takes with the prompt "slow", in which the machine can rest."""
 
 
 def hang(*_: object, **__: object) -> None:
@@ -39,7 +44,11 @@ def main() -> None:
                 torch.zeros(1, device=self.device)[torch.ones(1, dtype=torch.int64, device=self.device)]
             if "poison" in prompt:
                 raise torch.AcceleratorError(f"CUDA error: an illegal memory access was encountered {SECRETS}")
-            generated = super().__call__(prompt=prompt, **kwargs)
+            pause = self.unet.register_forward_pre_hook(lambda *_: time.sleep(STEP_SECONDS * ("slow" in prompt)))
+            try:
+                generated = super().__call__(prompt=prompt, **kwargs)
+            finally:
+                pause.remove()
             for i, asked in enumerate(prompt):
                 if asked == "nan" or os.environ.get("ALWAYS_NAN"):
                     generated.images[i] = float("nan")
