@@ -150,14 +150,13 @@ def test_hanging_device_is_noticed(pipe: StableDiffusionPipeline):
     assert failed.value.refresh_worker
 
 
+@real_device
 @pytest.mark.process
 def test_worker_with_a_poisoned_device_is_replaced(model: Path):
-    # without a device, workers on RunPod only start with the embedded model
-    model_id, prompt = (str(model), "device-side assert") if CUDA else ("demo", "poison")
     with serving() as platform:
         client = Client(platform)
-        first = platform.start_worker(FAULTY, MODEL_ID=model_id)
-        poison = client.finished(client.run(prompt))
+        first = platform.start_worker(FAULTY, MODEL_ID=str(model))
+        poison = client.finished(client.run("device-side assert"))
         assert poison["error"] == "the GPU failed and this worker is being replaced: send the job again"
         assert platform.workers[first].process.wait(60) == 1
         done = client.generate()
