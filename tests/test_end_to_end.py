@@ -92,7 +92,7 @@ def test_bad_job_fails_with_one_line(tmp_path: Path):
 def test_progress_bar_is_shown_on_a_terminal(tmp_path: Path):
     terminal, its_end = pty.openpty()
     fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    command = [sys.executable, HANDLER, "--test_input", job(num_inference_steps=100)]
+    command = [sys.executable, HANDLER, "--test_input", job(num_inference_steps=60)]
     ran = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=its_end, timeout=120)
     os.close(its_end)
     drawn = b""
@@ -102,7 +102,7 @@ def test_progress_bar_is_shown_on_a_terminal(tmp_path: Path):
             drawn += piece
     os.close(terminal)
     assert ran.returncode == 0
-    steps = [int(step) for step in re.findall(rb"(\d+)/100 ", drawn)]
+    steps = [int(step) for step in re.findall(rb"(\d+)/60 ", drawn)]
     assert len(set(steps)) > 2 and steps == sorted(steps)
     # the bar is removed before the picture is reported
     assert drawn.split(b"\r")[-2].strip() == b""
@@ -208,7 +208,7 @@ def test_older_python_is_refused_with_one_line():
     ],
 )
 def test_failed_start_is_explained_in_one_line(tmp_path: Path, environment: dict[str, str], said: str):
-    refused_to_start(run_handler(tmp_path, "--check", **environment), said)
+    refused_to_start(forks.run_handler(tmp_path, "--check", **environment), said)
 
 
 def post(address: str, **job_input: object) -> dict:

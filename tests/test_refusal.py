@@ -32,7 +32,7 @@ def test_jobs_are_answered_with_the_start_error_when_no_restart_can_help(
     tmp_path: Path, settings: dict[str, str], why: str
 ):
     with serving() as platform, (tmp_path / "log").open("wb") as log:
-        worker = platform.workers[platform.start_worker(FAULTY, log=log, **settings)].process
+        worker = platform.workers[platform.start_worker(log=log, **settings)].process
         client = Client(platform)
         for _ in "ab":
             done = client.generate()
