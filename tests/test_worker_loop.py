@@ -23,6 +23,7 @@ from src.generation.engine import Engine
 from src.serving.delivery import Outage, Timing
 from src.serving.heartbeat import QuietLog
 from src.serving.taken_jobs import Job as TakenJob
+from src.serving.taken_jobs import read_jobs
 from src.serving.worker_loop import MAX_REMEMBERED, Handler, WorkerLoop
 from src.settings import Settings
 from src.worker import KEPT_ANSWERS, Worker
@@ -359,6 +360,43 @@ def test_job_delivered_again_while_its_cancellation_is_answered_starts_anew(stub
     work(Worker(demo_engine, Settings(), last_report_is_late).handle, clients)
 
 
+def test_answer_whose_cancellation_takes_long_is_not_taken_for_the_one_that_replaced_it(
+    demo_engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    begun = list[asyncio.Event]()
+
+    async def answer(*_: object) -> dict[str, Any]:
+        begun.append(may_end := asyncio.Event())
+        try:
+            await may_end.wait()
+        finally:
+            await may_end.wait()
+        return {}
+
+    async def delivery() -> asyncio.Task:
+        handling = asyncio.create_task(worker.handle({"id": "job-1", "input": {}}))
+        # more than enough for all tasks to run as far as they can
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return handling
+
+    async def deliver() -> None:
+        cancelled = await delivery()
+        cancelled.cancel()
+        replaced = await delivery()
+        begun[0].set()
+        await asyncio.wait([cancelled])
+        again = await delivery()
+        for each in begun:
+            each.set()
+        await asyncio.gather(replaced, again)
+        assert len(begun) == 2
+
+    worker = Worker(demo_engine, Settings())
+    internals.replace_answer(monkeypatch, answer)
+    asyncio.run(deliver())
+
+
 def test_many_jobs_that_end_together_are_answered_and_the_last_good_answers_kept(
     demo_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ):
@@ -514,6 +552,20 @@ def test_unreadable_input_does_not_affect_the_others_of_its_answer(stub: Platfor
     assert stub.handed_out[0] == 3
 
 
+def test_event_loop_stays_free_while_hostile_input_is_read():
+    body = b'{"id": "job-1", "input": [' + b"1, " * 500_000 + b'"\xff"]}'
+
+    async def count_turns() -> int:
+        reading, turns = asyncio.create_task(read_jobs(body)), 0
+        while not reading.done():
+            await asyncio.sleep(0.001)
+            turns += 1
+        assert [job.fault for job in reading.result()] == ["not valid UTF-8"]
+        return turns
+
+    assert asyncio.run(count_turns()) > 5
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda children: st.lists(children) | st.dictionaries(st.text(), children),
@@ -531,6 +583,13 @@ def test_array_is_cut_into_its_elements(values: list[Any], ascii_only: bool, ind
 def test_object_is_cut_into_its_members(values: dict[str, Any], ascii_only: bool):
     parts = internals.split(json.dumps(values, ensure_ascii=ascii_only))
     assert [json.loads(f"{{{part}}}") for part in parts] == [{key: value} for key, value in values.items()]
+
+
+def test_string_that_does_not_end_is_noticed_at_once():
+    started = time.process_time()
+    with pytest.raises(ValueError, match="a string does not end"):
+        internals.split('["' + "x" * 28)
+    assert time.process_time() - started < 0.5
 
 
 @given(st.text(alphabet='[]{},:"\\1 ae', max_size=30))
