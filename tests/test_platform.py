@@ -285,17 +285,22 @@ def test_blocked_log_output_delays_no_job():
     read, write = os.pipe()
     # a small pipe, which is soon full
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
-    with serving() as platform, os.fdopen(write, "wb") as log:
+    with serving() as platform:
         client = Client(platform)
-        # at this level, the SDK logs all outputs
-        worker = platform.workers[platform.start_worker(log=log, RUNPOD_LOG_LEVEL="DEBUG")]
+        with os.fdopen(write, "wb") as log:
+            # at this level, the SDK logs all outputs
+            worker = platform.workers[platform.start_worker(log=log, RUNPOD_LOG_LEVEL="DEBUG")]
         bad = [client.run(width=99) for _ in range(250)]
         assert {client.finished(job)["status"] for job in bad} == {"FAILED"}
         assert client.generate()["status"] == "COMPLETED"
+        # the pipe ends with the worker
+        giving_up = threading.Timer(20, worker.process.kill)
+        giving_up.start()
         with os.fdopen(read, "rb") as reader:
             lines = (line for line in reader if b"lines dropped: nobody read the log" in line)
             threading.Timer(1, client.generate).start()
             assert next(lines)
+        giving_up.cancel()
         # now the pipe is closed
         assert client.generate()["status"] == "COMPLETED"
         assert worker.process.poll() is None
