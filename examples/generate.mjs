@@ -11,12 +11,12 @@ import runpodSdk from "runpod-sdk";
 async function generate(endpoint, input) {
   const { id } = await endpoint.run({ input }, 30_000);
   process.once("SIGINT", () => endpoint.cancel(id).finally(() => process.exit(130)));
-  for (;;) {
+  for (let failures = 0; ; ) {
     await sleep(1000);
     const job = await endpoint.status(id, 30_000).catch((error) => {
       const answered = error.response?.status;
       if (answered === 405) return endpoint.runSync({ input }, 600_000); // the SDK's local server
-      if (answered < 429) throw error;
+      if (answered < 429 || ++failures > 100) throw error;
       return {}; // any other failed request is sent again
     });
     if (job.completed && job.output) return job.output;

@@ -70,7 +70,7 @@ print(answer["id"], answer["status"], answer.get("error") or (f"{progress} %" if
     read -r job state detail <<<"$answer"
 }
 
-interrupted='' method=GET
+interrupted='' method=GET failures=0
 trap 'interrupted=yes' INT TERM
 request POST /run --data-binary "@$work/body"
 read_answer
@@ -85,8 +85,12 @@ while [[ $state == IN_QUEUE || $state == IN_PROGRESS ]]; do
     request "$method" "/status/$job"
     case $http in
     405) method=POST ;; # the SDK's local server
-    000 | 429 | 5??) say "the endpoint is busy or broken ($http), asking again in 5 s"; sleep 5 || true ;;
-    *) read_answer ;;
+    000 | 429 | 5??)
+        ((++failures < 60)) || die "the endpoint is still busy or broken ($http); ask for job $job later"
+        say "the endpoint is busy or broken ($http), asking again in 5 s"
+        sleep 5 || true
+        ;;
+    *) failures=0; read_answer ;;
     esac
 done
 printf %s "$clear" >&2
