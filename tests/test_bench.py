@@ -9,14 +9,14 @@ import pytest
 
 from src.model import loading
 from tests.bench import cold_start, gpu, memory
-from tests.bench.gpu import GRAPHS, Measured
+from tests.bench.gpu import GRAPHS, Measurement
 from tests.support import forks
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("way", ["baseline", "worker"])
 def test_cold_start_bench_measures_a_start(way: str, v1_4_repository: Path):
-    taken = cold_start.start(way, v1_4_repository)
+    taken = cold_start.measure_start(way, v1_4_repository)
     assert {"interpreter", "weights"} <= set(taken)
 
 
@@ -50,15 +50,15 @@ def test_full_size_model_is_not_measured_on_a_cpu(monkeypatch: pytest.MonkeyPatc
 def test_measured_worker_is_freed_from_memory(tmp_path: Path, v1_4_repository: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(loading, "StableDiffusionPipeline", gpu.TimedPipeline)
     (tmp_path / "baked").symlink_to(v1_4_repository)
-    gpu.worker(tmp_path, 1, 1, gpu.CHANGES["PNDM, timesteps on the CPU"])
+    gpu.measure_worker(tmp_path, 1, 1, gpu.CHANGES["PNDM, timesteps on the CPU"])
     gc.collect()
     assert not [each for each in gc.get_objects() if isinstance(each, gpu.TimedPipeline)]
 
 
-def rows(**seconds: float) -> dict[str, list[Measured]]:
+def rows(**seconds: float) -> dict[str, list[Measurement]]:
     """Returns 1 s for one picture and 3 s for four, multiplied by the factor given for a way to generate."""
     taken = dict.fromkeys([*gpu.SETTINGS, *gpu.CHANGES], 1.0) | seconds
-    return {name: [Measured(one, 2**30, 20, 12), Measured(3 * one, 2**31, 20, 40)] for name, one in taken.items()}
+    return {name: [Measurement(one, 2**30, 20, 12), Measurement(3 * one, 2**31, 20, 40)] for name, one in taken.items()}
 
 
 def test_fastest_settings_are_recommended_with_reasons():
@@ -82,6 +82,6 @@ def test_no_setting_is_recommended_for_a_difference_within_noise():
     [("`off`", 0.2, 750), ("`auto`", 0.2, 780), ("`max`", 0.2, 980), ("diffusers' `auto`", 0.4, 1400)],
 )
 def test_fused_slices_cost_no_memory(way: str, most_gib: float, most_kernels: int):
-    gib, kernels = memory.step(memory.WAYS[way], images=1, size=512)
+    gib, kernels = memory.count_step(memory.SLICINGS[way], images=1, size=512)
     assert most_gib / 2 < gib <= most_gib
     assert most_kernels * 0.95 < kernels <= most_kernels

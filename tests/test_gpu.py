@@ -41,7 +41,7 @@ real_device = pytest.mark.skipif(not CUDA, reason="tests the device itself")
 def model(request: pytest.FixtureRequest, v1_4_repository: Path) -> Path:
     if request.config.getoption("small"):
         return v1_4_repository
-    cold_start.make_once(cold_start.MODELS)
+    cold_start.ensure_models(cold_start.MODELS)
     return cold_start.MODELS / "baked"
 
 

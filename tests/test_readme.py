@@ -73,7 +73,7 @@ def test_response_table_lists_the_fields_of_an_output():
     assert "`images`" in README
 
 
-def test_example_of_a_job_gets_the_answer_shown():
+def test_example_job_gets_the_answer_shown():
     asked, answered = (json.loads(block) for block in re.findall(r"```json\n(.+?)```", README, re.S)[:2])
     request = ImageRequest.parse(asked["input"], V1_4)
     pictures = [Picture(RED, request.seed, None)]
@@ -82,14 +82,14 @@ def test_example_of_a_job_gets_the_answer_shown():
 
 
 @pytest.mark.parametrize("error", table("README.md", "error"))
-def test_listed_error_is_one_of_the_code(error: str):
+def test_listed_error_exists_in_the_code(error: str):
     # the longest part that is neither left out nor put in
     part = max(re.split(r"\.\.\.|<\w+>", error), key=len).strip()
     assert part in sources()
 
 
 @pytest.mark.parametrize("symptom", re.findall(r"log: `([^`]+)`|^- `([^`]+)`, with", PAGES[".runpod/README.md"], re.M))
-def test_listed_line_of_the_log_is_one_of_the_code(symptom: tuple[str, str]):
+def test_listed_log_line_exists_in_the_code(symptom: tuple[str, str]):
     for part in re.split(r"\.\.\.|: ", symptom[0] or symptom[1]):
         assert part.strip() in sources()
 
@@ -100,12 +100,12 @@ def test_map_lists_every_module_of_src():
     assert listed == {module for module in modules if not re.search("__init__|^model/demo/", module)}
 
 
-def test_what_is_patched_says_what_each_deferred_import_saves():
+def test_src_page_says_what_each_deferred_import_saves():
     (saved,) = re.findall(r"^Deferring an import saves .*?\n\n", PAGES["src/README.md"], re.M | re.S)
     assert set(re.findall(r"`([\w.]+)` [\d.]+ s", saved)) == set(DEFERRED)
 
 
-def test_build_arguments_are_those_of_the_dockerfile():
+def test_build_argument_table_matches_the_dockerfile():
     dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     rows = table("builder/README.md", "build argument")
     listed = {name: default for names, (default, _) in rows.items() for name in re.findall(r"\w+", names)}
@@ -116,7 +116,7 @@ def test_build_arguments_are_those_of_the_dockerfile():
         assert default in listed[name]
 
 
-def test_cached_model_is_attached_at_the_pinned_commit():
+def test_deployment_page_links_the_model_at_the_pinned_commit():
     assert f"https://huggingface.co/{DEFAULT_MODEL_ID}:{DEFAULT_MODEL_REVISION}" in PAGES[".runpod/README.md"]
 
 
@@ -126,7 +126,7 @@ def test_bench_table_lists_every_bench():
     assert {name.removeprefix("tests.bench.") for name in rows} == benches
 
 
-def test_tests_page_quotes_how_the_gate_installs_lints_checks_types_and_tests():
+def test_tests_page_quotes_the_commands_of_the_gate():
     gate = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     commands = re.findall(r"^(?:python3|\.venv/bin/(?:pip install -r|ruff|mypy|python)).*$", gate, re.M)
     assert len(commands) == 6
@@ -134,14 +134,14 @@ def test_tests_page_quotes_how_the_gate_installs_lints_checks_types_and_tests():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_runs_in_the_environment_that_the_first_one_made(page: str):
+def test_commands_use_the_virtual_environment(page: str):
     # but for those that run on a Pod or in an image, which have no other Python
     text = re.sub(r"^pip install .*|`docker run .*?`", "", PAGES[page], flags=re.M)
     assert not re.findall(r"(?:`|^)python3? (?:-m (?!venv)|handler).*", text, re.M)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_modules_that_a_page_runs_exist(page: str):
+def test_module_that_a_command_runs_exists(page: str):
     for name in re.findall(r"python -m ((?:tests|builder)[\w.]+)", PAGES[page]):
         path = ROOT / name.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), name
@@ -157,7 +157,7 @@ LINKS = [
 
 
 @pytest.mark.parametrize(("page", "link"), LINKS)
-def test_link_leads_to_a_file_and_to_a_heading(page: str, link: str):
+def test_link_leads_to_an_existing_file_and_heading(page: str, link: str):
     path, _, fragment = unquote(link).partition("#")
     target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
     assert target.exists()
@@ -166,7 +166,7 @@ def test_link_leads_to_a_file_and_to_a_heading(page: str, link: str):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_files_that_a_page_names_exist(page: str):
+def test_named_file_exists(page: str):
     named = re.findall(
         r"`((?:\.runpod|builder|examples|src|tests)/[\w./*-]+|(?:handler|test_\w+)\.(?:py|json))`", PAGES[page]
     )
@@ -175,6 +175,6 @@ def test_files_that_a_page_names_exist(page: str):
 
 
 @pytest.mark.process
-def test_every_readme_is_among_the_pages():
+def test_every_readme_is_tested():
     tracked = subprocess.run(["git", "ls-files", "*README.md"], cwd=ROOT, text=True, capture_output=True, check=True)
     assert set(tracked.stdout.split()) <= PAGES.keys()

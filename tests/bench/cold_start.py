@@ -36,7 +36,7 @@ def baseline(model: str, done: Callable[[str], None]) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float16)
     pipe = pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.enable_attention_slicing()
-    touch(pipe)
+    touch_weights(pipe)
     done("weights")
 
 
@@ -60,14 +60,14 @@ def worker(model: str, done: Callable[[str], None]) -> None:
 
     done("the worker's own imports")
     engine = handler.build_engine(settings, torch.float16, found=found)
-    touch(engine._runner._pipe)
+    touch_weights(engine._runner._pipe)
     done("weights")
     if torch.cuda.is_available():
         engine.warm_up()
         done("warm-up")
 
 
-def touch(pipe: object) -> None:
+def touch_weights(pipe: object) -> None:
     """Waits until all weights are there: on a CPU they may be no more than mapped."""
     import torch
 
@@ -79,8 +79,8 @@ def touch(pipe: object) -> None:
             weights.flatten()[::2048].sum()
 
 
-def start(way: str, model: Path) -> Parts:
-    """Starts a process that prints by when, on the system's monotonic clock, each part of its start was done."""
+def measure_start(way: str, model: Path) -> Parts:
+    """Starts a process, and returns how long each part of its start took."""
     begun = time.monotonic()
     command = [sys.executable, "-m", "tests.bench.cold_start", "--way", way, "--model", model]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -91,7 +91,7 @@ def start(way: str, model: Path) -> Parts:
     return {part: after - before for part, (before, after) in zip(done, between, strict=True)}
 
 
-def be(way: str, model: str) -> None:
+def run_start(way: str, model: str) -> None:
     marks = {"interpreter": time.monotonic()}
 
     def done(what: str) -> None:
@@ -103,15 +103,15 @@ def be(way: str, model: str) -> None:
     os._exit(0)
 
 
-def make_once(folder: Path) -> None:
-    """Sees to it that ``folder`` holds the model as the hub has it, and as it is baked into the image."""
+def ensure_models(folder: Path) -> None:
+    """Makes the models where ``folder`` lacks them: as the hub has it, and as it is baked into the image."""
     if not (folder / "baked").is_dir():
         # in a process of its own, whose memory is free again before anything is measured
         command = [sys.executable, "-m", "tests.bench.cold_start", "--make", "--models", folder]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def make(folder: Path) -> None:
+def make_models(folder: Path) -> None:
     from builder.fetch_model import fetch
     from tests.support.v1_4 import FULL, make_repository
 
@@ -135,11 +135,11 @@ def main() -> None:
     parser.add_argument("--model", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
-        return be(arguments.way, arguments.model)
+        return run_start(arguments.way, arguments.model)
     models: Path = arguments.models
     if arguments.make:
-        return make(models)
-    make_once(models)
+        return make_models(models)
+    ensure_models(models)
     record = [sys.executable, "-m", "builder.record_start", "--output", START_FILES]
     subprocess.run(record, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     caches = ["dropped", "warm"]
@@ -154,7 +154,7 @@ def main() -> None:
             for way, model in (("baseline", models / "hub"), ("worker", models / "baked")):
                 if cache == "dropped":
                     drop_page_cache()
-                taken = start(way, model)
+                taken = measure_start(way, model)
                 # the first of the warm ones warms the cache
                 if cache == "dropped" or run:
                     runs.setdefault((way, cache), []).append(taken)

@@ -48,34 +48,34 @@ from tests.support.v1_4 import make_repository
 
 PLAIN = "plain diffusers"
 PROMPT = "A double-black diamond mountain to ski on near Seattle."
-CALLS = (1, 4)
-"""Images in a call."""
+BATCH_SIZES = (1, 4)
+"""Images in one call."""
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.float16 if CUDA else torch.float32
 WARM_UPS = 2
 """Calls that are not counted: graphs are captured in the second with a shape."""
-HEAD_START = 400_000_000
+HEAD_START_CYCLES = 400_000_000
 """The device's cycles, about 0.2 s, in which the host launches a whole step before the device begins with it."""
-WORTH_IT = 1.03
+MIN_GAIN = 1.03
 """Times as fast: less is noise."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Of calls with one number of images: medians."""
+class Measurement:
+    """Medians of calls with the same number of images."""
 
     seconds: float
-    """Of a call."""
+    """Of one call."""
     memory: int
-    """Bytes that PyTorch has taken of the device at most; what graphs replay into counts only so."""
+    """The most bytes that PyTorch reserved on the device: allocated bytes do not include the graphs' buffers."""
     host: float = float("nan")
     """Milliseconds of a step."""
     device: float = float("nan")
 
 
-Rows = list[Measured]
-"""One for each of ``CALLS``."""
+Rows = list[Measurement]
+"""One for each of ``BATCH_SIZES``."""
 
 
 class TimedPipeline(StableDiffusionPipeline):
@@ -84,9 +84,9 @@ class TimedPipeline(StableDiffusionPipeline):
     calls: ClassVar[list[tuple[Any, Any]]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        begun = now()
+        begun = timestamp()
         generated = super().__call__(*args, **kwargs)
-        self.calls.append((begun, now()))
+        self.calls.append((begun, timestamp()))
         return generated
 
 
@@ -111,20 +111,20 @@ def timesteps_on_cpu(scheduler: str, pipe: StableDiffusionPipeline) -> Iterator[
     def on_cpu(self: Any, steps: int, device: object = None) -> None:
         set_timesteps(self, steps, device="cpu")
 
-    def moved(sample: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def on_device(sample: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return forward(sample, timestep.to(sample.device, non_blocking=True), *args, **kwargs)
 
-    with mock.patch.object(kind, "set_timesteps", on_cpu), mock.patch.object(pipe.unet, "forward", moved):
+    with mock.patch.object(kind, "set_timesteps", on_cpu), mock.patch.object(pipe.unet, "forward", on_device):
         yield
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """This worker with some settings, and with a change to its pipeline that is no setting."""
 
     settings: dict[str, Any]
     reference: str | None
-    """The way that it is compared with."""
+    """The variant that it is compared with."""
     change: Callable[[StableDiffusionPipeline], AbstractContextManager[None]] = lambda pipe: nullcontext()
     scheduler: str = "PNDM"
 
@@ -132,25 +132,25 @@ class Way:
 DEFAULTS, GRAPHS = "this worker", "ACCELERATION=graphs"
 WITH_GRAPHS = {"acceleration": "graphs"}
 SETTINGS = {
-    DEFAULTS: Way({}, None),
-    "ATTENTION_SLICING=off": Way({"attention_slicing": "off"}, DEFAULTS),
-    GRAPHS: Way(WITH_GRAPHS, DEFAULTS),
-    f"{GRAPHS} ATTENTION_SLICING=off": Way(WITH_GRAPHS | {"attention_slicing": "off"}, DEFAULTS),
+    DEFAULTS: Variant({}, None),
+    "ATTENTION_SLICING=off": Variant({"attention_slicing": "off"}, DEFAULTS),
+    GRAPHS: Variant(WITH_GRAPHS, DEFAULTS),
+    f"{GRAPHS} ATTENTION_SLICING=off": Variant(WITH_GRAPHS | {"attention_slicing": "off"}, DEFAULTS),
 }
 """By what is set."""
 CHANGES = {
-    "channels_last UNet": Way(WITH_GRAPHS, GRAPHS, partial(channels_last, "unet")),
-    "channels_last VAE": Way(WITH_GRAPHS, GRAPHS, partial(channels_last, "vae")),
-    "cudnn.benchmark": Way(WITH_GRAPHS, GRAPHS, cudnn_benchmark),
-    "PNDM, timesteps on the CPU": Way(WITH_GRAPHS, GRAPHS, partial(timesteps_on_cpu, "PNDM")),
-    "DDIM": Way(WITH_GRAPHS, None, scheduler="DDIM"),
-    "DDIM, timesteps on the CPU": Way(WITH_GRAPHS, "DDIM", partial(timesteps_on_cpu, "DDIM"), scheduler="DDIM"),
+    "channels_last UNet": Variant(WITH_GRAPHS, GRAPHS, partial(channels_last, "unet")),
+    "channels_last VAE": Variant(WITH_GRAPHS, GRAPHS, partial(channels_last, "vae")),
+    "cudnn.benchmark": Variant(WITH_GRAPHS, GRAPHS, cudnn_benchmark),
+    "PNDM, timesteps on the CPU": Variant(WITH_GRAPHS, GRAPHS, partial(timesteps_on_cpu, "PNDM")),
+    "DDIM": Variant(WITH_GRAPHS, None, scheduler="DDIM"),
+    "DDIM, timesteps on the CPU": Variant(WITH_GRAPHS, "DDIM", partial(timesteps_on_cpu, "DDIM"), scheduler="DDIM"),
 }
 """With graphs, where the host does not hide what a change does for the device."""
 
 
-def now() -> Any:
-    """A point in the device's own time, which the host does not wait for."""
+def timestamp() -> Any:
+    """Returns the current time of the device, without making the host wait for it."""
     if not CUDA:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -165,7 +165,9 @@ def milliseconds(before: Any, after: Any) -> float:
     return float(before.elapsed_time(after))
 
 
-def measure(generate: Callable[[int], object], images: int, runs: int, *, warm_ups: int = WARM_UPS) -> Measured:
+def measure_calls(
+    generate: Callable[[int], object], images: int, runs: int, *, warm_ups: int = WARM_UPS
+) -> Measurement:
     """Generates ``images`` in a call, ``runs`` times after those that are not counted."""
     for _ in range(warm_ups):
         generate(images)
@@ -178,7 +180,7 @@ def measure(generate: Callable[[int], object], images: int, runs: int, *, warm_u
         if CUDA:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
-    return Measured(median(times), torch.cuda.max_memory_reserved() if CUDA else 0)
+    return Measurement(median(times), torch.cuda.max_memory_reserved() if CUDA else 0)
 
 
 @torch.inference_mode()
@@ -197,10 +199,10 @@ def step_times(pipe: StableDiffusionPipeline, images: int, runs: int) -> dict[st
         pipe.unet(*inputs, return_dict=False)
         host.append(1000 * (time.perf_counter() - begun))
         if CUDA:
-            torch.cuda._sleep(HEAD_START)
-        begun = now()
+            torch.cuda._sleep(HEAD_START_CYCLES)
+        begun = timestamp()
         pipe.unet(*inputs, return_dict=False)
-        device.append(milliseconds(begun, now()))
+        device.append(milliseconds(begun, timestamp()))
     return {"host": median(host[1:]), "device": median(device[1:])}
 
 
@@ -211,8 +213,8 @@ def unet_inputs(unet: torch.nn.Module, images: int) -> list[torch.Tensor]:
     return [torch.zeros(shape, device=DEVICE, dtype=DTYPE) for shape in shapes]
 
 
-def empty_device() -> None:
-    """Gives back what an earlier way to generate has left on the device."""
+def free_device() -> None:
+    """Frees the memory of an earlier variant."""
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
@@ -226,33 +228,35 @@ def load_plain(folder: Path, *, sliced: bool) -> StableDiffusionPipeline:
     return pipe
 
 
-def baseline(models: Path, steps: int, runs: int) -> Rows:
+def measure_baseline(models: Path, steps: int, runs: int) -> Rows:
     def generate(images: int) -> None:
-        empty_device()
+        free_device()
         pipe = load_plain(models / "hub", sliced=True)
         pipe([PROMPT] * images, num_inference_steps=steps)
 
     # it has nothing to warm up
-    return [measure(generate, images, runs, warm_ups=0) for images in CALLS]
+    return [measure_calls(generate, images, runs, warm_ups=0) for images in BATCH_SIZES]
 
 
-def plain(models: Path, steps: int, runs: int, *, sliced: bool) -> Rows:
-    empty_device()
+def measure_plain(models: Path, steps: int, runs: int, *, sliced: bool) -> Rows:
+    free_device()
     pipe = load_plain(models / "baked", sliced=sliced)
 
     def generate(images: int) -> None:
         pipe([PROMPT] * images, num_inference_steps=steps)
 
-    return [replace(measure(generate, images, runs), **step_times(pipe, images, runs)) for images in CALLS]
+    return [replace(measure_calls(generate, images, runs), **step_times(pipe, images, runs)) for images in BATCH_SIZES]
 
 
-def worker(models: Path, steps: int, runs: int, way: Way) -> tuple[Rows, float]:
+def measure_worker(models: Path, steps: int, runs: int, variant: Variant) -> tuple[Rows, float]:
     """What its calls take, and the median of what the device waits between two of them that are queued."""
-    empty_device()
-    engine = handler.build_engine(Settings(model_id=str(models / "baked"), max_batch_images=max(CALLS), **way.settings))
+    free_device()
+    engine = handler.build_engine(
+        Settings(model_id=str(models / "baked"), max_batch_images=max(BATCH_SIZES), **variant.settings)
+    )
 
     def request(**job_input: Any) -> ImageRequest:
-        common = {"prompt": PROMPT, "num_inference_steps": steps, "scheduler": way.scheduler}
+        common = {"prompt": PROMPT, "num_inference_steps": steps, "scheduler": variant.scheduler}
         return ImageRequest.parse(common | job_input, engine.limits)
 
     def generate(images: int) -> None:
@@ -263,8 +267,10 @@ def worker(models: Path, steps: int, runs: int, way: Way) -> tuple[Rows, float]:
         await asyncio.gather(*(engine.generate(request(guidance_scale=scale)) for scale in (7, 8)))
 
     pipe, waits = pipe_of(engine), []
-    with way.change(pipe):
-        measured = [replace(measure(generate, images, runs), **step_times(pipe, images, runs)) for images in CALLS]
+    with variant.change(pipe):
+        measured = [
+            replace(measure_calls(generate, images, runs), **step_times(pipe, images, runs)) for images in BATCH_SIZES
+        ]
         for _ in range(runs):
             TimedPipeline.calls.clear()
             asyncio.run(generate_both())
@@ -276,14 +282,14 @@ def worker(models: Path, steps: int, runs: int, way: Way) -> tuple[Rows, float]:
 
 def floor(models: Path, steps: int) -> tuple[float, float]:
     """The UNet's floating-point operations for one picture with guidance, and how many a second the device does."""
-    empty_device()
+    free_device()
     with torch.no_grad():
         unet = load_plain(models / "baked", sliced=False).unet
         with FlopCounterMode(display=False) as counted:
             unet(*unet_inputs(unet, 1))
         n = 8192 if CUDA else 1024
         a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in "ab")
-        rate = 2 * n**3 / measure(lambda _: a @ b, 1, 20).seconds
+        rate = 2 * n**3 / measure_calls(lambda _: a @ b, 1, 20).seconds
     return float(counted.get_total_flops() * steps), rate
 
 
@@ -298,23 +304,23 @@ def advice(rows: dict[str, Rows]) -> Iterator[str]:
         return geometric_mean(times_as_fast(rows[name], rows[reference]))
 
     def compared(name: str, reference: str) -> str:
-        gains = zip(CALLS, times_as_fast(rows[name], rows[reference]), strict=True)
+        gains = zip(BATCH_SIZES, times_as_fast(rows[name], rows[reference]), strict=True)
         more = max(one.memory - other.memory for one, other in zip(rows[name], rows[reference], strict=True))
         speeds = ", ".join(f"{gain:.2f} times as fast for {images}" for images, gain in gains)
         return f"{speeds}, {more / 2**30:+.2f} GiB"
 
     best = max(SETTINGS, key=lambda name: gain(name, DEFAULTS))
-    if gain(best, DEFAULTS) < WORTH_IT:
-        yield f"set nothing: no setting makes {DEFAULTS} {WORTH_IT - 1:.0%} faster"
+    if gain(best, DEFAULTS) < MIN_GAIN:
+        yield f"set nothing: no setting makes {DEFAULTS} {MIN_GAIN - 1:.0%} faster"
     else:
         yield f"set {best}: {compared(best, DEFAULTS)}"
-    for images, one in zip(CALLS, rows[DEFAULTS], strict=True):
+    for images, one in zip(BATCH_SIZES, rows[DEFAULTS], strict=True):
         limit = "host is the limit, which graphs relieve" if one.host > one.device else "device is the limit"
         yield f"why: a step of {images} takes the host {one.host:.1f} ms, the device {one.device:.1f} ms: the {limit}"
-    for name, way in CHANGES.items():
-        if way.reference:
-            verdict = "worth a setting" if gain(name, way.reference) >= WORTH_IT else "not worth a setting"
-            yield f"{name}: {verdict}, {compared(name, way.reference)}"
+    for name, variant in CHANGES.items():
+        if variant.reference:
+            verdict = "worth a setting" if gain(name, variant.reference) >= MIN_GAIN else "not worth a setting"
+            yield f"{name}: {verdict}, {compared(name, variant.reference)}"
 
 
 def main() -> None:
@@ -341,7 +347,7 @@ def main() -> None:
             make_repository(models / "hub")
             (models / "baked").symlink_to("hub")
         else:
-            cold_start.make_once(models)
+            cold_start.ensure_models(models)
         report(models, arguments.steps, arguments.runs, arguments.price)
 
 
@@ -356,7 +362,7 @@ def report(models: Path, steps: int, runs: int, price: float | None) -> None:
     def show(name: str, measured: Rows) -> None:
         rows[name] = measured
         speeds = times_as_fast(measured, rows[PLAIN])
-        for images, one, speed in zip(CALLS, measured, speeds, strict=True):
+        for images, one, speed in zip(BATCH_SIZES, measured, speeds, strict=True):
             rate = images / one.seconds
             print(
                 f"{name:<42}{images:>7}{1 / rate:>11.3f}{rate:>12.3f}{speed:>9.2f}{one.memory / 2**30:>7.2f}"
@@ -364,11 +370,11 @@ def report(models: Path, steps: int, runs: int, price: float | None) -> None:
                 flush=True,
             )
 
-    show(PLAIN, plain(models, steps, runs, sliced=False))
-    show(f"{PLAIN}, slicing", plain(models, steps, runs, sliced=True))
-    show("baseline handler, loads each time", baseline(models, steps, min(runs, 3)))
-    for name, way in (SETTINGS | CHANGES).items():
-        measured, waits[name] = worker(models, steps, runs, way)
+    show(PLAIN, measure_plain(models, steps, runs, sliced=False))
+    show(f"{PLAIN}, slicing", measure_plain(models, steps, runs, sliced=True))
+    show("baseline handler, loads each time", measure_baseline(models, steps, min(runs, 3)))
+    for name, variant in (SETTINGS | CHANGES).items():
+        measured, waits[name] = measure_worker(models, steps, runs, variant)
         show(name, measured)
     print()
     for name in SETTINGS:

@@ -14,7 +14,7 @@ from src.startup.import_libraries import DEFERRED, import_libraries
 from tests.support.processes import ROOT
 
 
-def seconds(eager: str = "") -> float:
+def import_seconds(eager: str = "") -> float:
     command = [sys.executable, "-m", "tests.bench.imports", "--eager", eager]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return float(ran.stdout.splitlines()[-1])
@@ -29,10 +29,10 @@ def main() -> None:
         begun = time.monotonic()
         import_libraries(eager=[arguments.eager])
         return print(time.monotonic() - begun, flush=True)
-    seconds()
+    import_seconds()
     print(f"{'import':<20}{'saves':>8}")
     for name in DEFERRED:
-        saved = [seconds(name) - seconds() for _ in range(arguments.runs)]
+        saved = [import_seconds(name) - import_seconds() for _ in range(arguments.runs)]
         print(f"{name:<20}{median(saved):>6.2f} s", flush=True)
 
 

@@ -48,7 +48,7 @@ FAILING = 0.2
 
 @dataclass
 class Report:
-    """What became of the jobs: what was wrong with any, seconds per job, and the worker's memory in bytes."""
+    """The jobs' errors and final states, their seconds in all and each, and the worker's memory in bytes."""
 
     wrong: list[str]
     states: Counter[str]
@@ -62,8 +62,8 @@ def job_input(color: str) -> dict[str, object]:
     return {"prompt": f"a {color} square on a white background", "seed": SEED, "num_inference_steps": STEPS}
 
 
-def memory(pid: int) -> int:
-    """Resident memory of a process in bytes."""
+def resident_memory(pid: int) -> int:
+    """Returns the resident memory of a process in bytes."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * 4096
 
@@ -117,7 +117,7 @@ def load(platform: Platform, jobs: int, clients: int) -> Report:
         if rng.random() < STOPPED_LATE:
             platform.stops.setdefault("worker-1", []).append(answer["id"])
         if next(done) == jobs // 5:
-            memories.append(memory(pid))
+            memories.append(resident_memory(pid))
 
     for color in COLORS:
         check("alone", color, Client(platform).post("runsync", {"input": job_input(color)}))
@@ -133,7 +133,7 @@ def load(platform: Platform, jobs: int, clients: int) -> Report:
         if any(result != sent[0] for result in sent):
             wrong.append(f"{job}: results that differ")
     states = Counter(job.status for name, job in platform.jobs.items() if name not in before)
-    return Report(wrong, states, seconds, latencies, memories[0], memory(pid))
+    return Report(wrong, states, seconds, latencies, memories[0], resident_memory(pid))
 
 
 def main() -> None:

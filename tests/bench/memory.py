@@ -20,7 +20,7 @@ from tests.support.v1_4 import FULL
 
 SIZES = ((1, 512), (4, 512), (1, 1024), (4, 1024))
 """Images in a batch, and their width and height in pixels."""
-WAYS: dict[str, Callable[[StableDiffusionPipeline], None]] = {
+SLICINGS: dict[str, Callable[[StableDiffusionPipeline], None]] = {
     "`off`": lambda pipe: None,
     "`auto`": lambda pipe: enable_attention_slicing(pipe, "auto"),
     "`max`": lambda pipe: enable_attention_slicing(pipe, "max"),
@@ -30,7 +30,7 @@ WAYS: dict[str, Callable[[StableDiffusionPipeline], None]] = {
 
 
 class Counter(TorchDispatchMode):
-    """Counts kernels and the bytes of the tensors that they make, for as long as each lives."""
+    """Counts kernels, and the bytes of the tensors that are alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,8 +69,8 @@ def full_size_unet() -> UNet2DConditionModel:
         torch.set_default_dtype(torch.float32)
 
 
-def step(enable: Callable[[StableDiffusionPipeline], None], images: int, size: int) -> tuple[float, int]:
-    """GiB of activations at most, and kernels, of one step."""
+def count_step(enable: Callable[[StableDiffusionPipeline], None], images: int, size: int) -> tuple[float, int]:
+    """Returns the peak of activations in GiB, and the number of kernels, of one step."""
     with FakeTensorMode(), torch.no_grad():
         unet = full_size_unet()
         # a pipeline of which nothing but the UNet is there
@@ -83,10 +83,10 @@ def step(enable: Callable[[StableDiffusionPipeline], None], images: int, size: i
 
 
 def main() -> None:
-    print("| images x size | " + " | ".join(WAYS) + " |")
-    print("|---" * (len(WAYS) + 1) + "|")
+    print("| images x size | " + " | ".join(SLICINGS) + " |")
+    print("|---" * (len(SLICINGS) + 1) + "|")
     for images, size in SIZES:
-        counted = (step(enable, images, size) for enable in WAYS.values())
+        counted = (count_step(enable, images, size) for enable in SLICINGS.values())
         cells = (f"{gib:.2f} GiB, {kernels:,}" for gib, kernels in counted)
         print(f"| {images} x {size} | " + " | ".join(cells) + " |", flush=True)
 

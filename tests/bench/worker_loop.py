@@ -49,7 +49,7 @@ KINDS = ("plain", "worker")
 
 
 class FixedRunner:
-    """Batches that each take ``seconds``."""
+    """A runner whose batches each take ``seconds``."""
 
     model_name = "fixed"
     limits = ModelLimits(native_size=128, max_size=256, scheduler="DDIM")
@@ -88,8 +88,8 @@ def serve(kind: str, seconds: float) -> None:
 
 
 @contextmanager
-def working(kind: str, seconds: float) -> Iterator[Platform]:
-    """A platform whose worker has done a first job, and rests."""
+def idle_worker(kind: str, seconds: float) -> Iterator[Platform]:
+    """Serves a platform whose only worker is idle after a first job."""
     with serving() as platform, Path(os.devnull).open("wb") as no_log:
         command = [sys.executable, "-m", "tests.bench.worker_loop", "--serve", kind, "--seconds", str(seconds)]
         name = platform.start_worker(command, no_log, **ENVIRONMENT)
@@ -99,9 +99,9 @@ def working(kind: str, seconds: float) -> Iterator[Platform]:
         yield platform
 
 
-def ratio(kind: str, jobs: int, seconds: float) -> float:
-    """How much longer than their work alone ``jobs`` jobs take that are sent at once."""
-    with working(kind, seconds) as platform:
+def time_ratio(kind: str, jobs: int, seconds: float) -> float:
+    """Returns the time of ``jobs`` jobs that are sent at once, as a ratio of their work alone."""
+    with idle_worker(kind, seconds) as platform:
         client = Client(platform)
         sent = [platform.jobs[client.run(guidance_scale=2 + i)] for i in range(jobs)]
         until(lambda: not platform.busy())
@@ -109,9 +109,9 @@ def ratio(kind: str, jobs: int, seconds: float) -> float:
         return (max(job.finished for job in sent) - min(job.created for job in sent)) / (jobs * seconds)
 
 
-def delay(kind: str, jobs: int, seconds: float) -> float:
-    """The mean ``delayTime``, in milliseconds, of ``jobs`` jobs that are sent one after the other."""
-    with working(kind, seconds) as platform:
+def mean_delay(kind: str, jobs: int, seconds: float) -> float:
+    """Returns the mean ``delayTime``, in milliseconds, of ``jobs`` jobs that are sent one after the other."""
+    with idle_worker(kind, seconds) as platform:
         client = Client(platform)
         return mean(client.generate()["delayTime"] for _ in range(jobs))
 
@@ -125,10 +125,10 @@ def main() -> None:
         return serve(arguments.serve, arguments.seconds)
     print(f"{'jobs':<32}{'plain handler':>16}{'this worker':>14}{'target':>9}")
     for jobs, seconds, target in AT_ONCE:
-        plain, ours = (ratio(kind, jobs, seconds) for kind in KINDS)
+        plain, ours = (time_ratio(kind, jobs, seconds) for kind in KINDS)
         print(f"{f'{jobs} of {seconds} s at once':<32}{plain:>16.2f}{ours:>14.2f}{target:>9.2f}", flush=True)
     jobs, seconds, target = IN_SEQUENCE
-    plain, ours = (delay(kind, jobs, seconds) for kind in KINDS)
+    plain, ours = (mean_delay(kind, jobs, seconds) for kind in KINDS)
     print(f"{f'{jobs} of {seconds} s in sequence':<32}{plain:>13.0f} ms{ours:>11.0f} ms{target:>6.0f} ms")
 
 
