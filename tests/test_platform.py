@@ -321,11 +321,13 @@ def find_heartbeat(worker: WorkerProcess) -> psutil.Process:
     return next(child for child in children if "spawn_main" in " ".join(child.cmdline()))
 
 
-def test_killed_heartbeat_is_replaced_and_ends_with_its_worker(tmp_path: Path):
+def test_heartbeat_survives_an_endless_answer_is_replaced_if_killed_and_ends_with_its_worker(tmp_path: Path):
     log = tmp_path / "log"
     with serving() as platform, log.open("wb") as file:
-        worker = platform.workers[platform.start_worker(log=file)]
-        until(lambda: worker.pings)
+        # its first answer never ends
+        platform.faults.append(Fault("ping", trickle=True))
+        worker = platform.workers[platform.start_worker(log=file, RUNPOD_PING_INTERVAL="1000")]
+        until(lambda: len(worker.pings) > 1)
         first = find_heartbeat(worker)
         # it is not a fork of the worker, which would share the CUDA context
         assert "libtorch" not in Path(f"/proc/{first.pid}/maps").read_text()

@@ -15,6 +15,7 @@ from multiprocessing import util
 from typing import Any
 
 import runpod
+from runpod.http_client import SyncClientSession
 from runpod.serverless import worker
 from runpod.serverless.modules import rp_ping
 
@@ -71,6 +72,7 @@ def _beat(mirror: Any) -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     log_output.install()
     rp_ping.log = QuietLog()
+    rp_ping.SyncClientSession = _open_session
     # it would log a line for every retry
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     rp_ping.Heartbeat.process_loop(mirror)
@@ -81,6 +83,13 @@ def _exit_with_parent() -> None:
     assert parent
     parent.join()
     os._exit(0)
+
+
+def _open_session() -> Any:
+    session = SyncClientSession()
+    # no answer is read to its end: one that never ends would be the last ping
+    session.stream = True
+    return session
 
 
 class QuietLog:
