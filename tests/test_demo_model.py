@@ -1,6 +1,5 @@
 """The embedded model: its pictures, its vocabulary and its training."""
 
-import asyncio
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -10,16 +9,16 @@ import pytest
 import torch
 
 from builder.demo_model import captions, evaluate, scenes, train
-from src.api.request import ImageRequest
 from src.generation.engine import Engine
 from src.model.demo.vocabulary import NOT_UNDERSTOOD, vocabulary_warnings
 from src.model.repository import DEMO_MODEL
 from src.schedulers import SCHEDULERS
+from tests.support import engines
 
 
 def generate(engine: Engine, prompt: str, **job_input: object) -> np.ndarray:
-    request = ImageRequest.parse({"prompt": prompt, "seed": 1, "num_inference_steps": 20} | job_input, engine.limits)
-    return np.stack([np.asarray(picture.image) for picture in asyncio.run(engine.generate(request)).pictures])
+    result = engines.generate(engine, **{"prompt": prompt, "seed": 1, "num_inference_steps": 20} | job_input)
+    return np.stack([np.asarray(picture.image) for picture in result.pictures])
 
 
 def test_embedded_model_takes_at_most_16_mib():
@@ -91,8 +90,7 @@ def test_captions_without_filler_are_known_and_nonsense_is_not(monkeypatch: pyte
 
 def test_only_the_embedded_model_warns_about_its_vocabulary(demo_engine: Engine, v1_4_engine: Engine):
     for engine, warned in ((demo_engine, [NOT_UNDERSTOOD]), (v1_4_engine, [])):
-        request = ImageRequest.parse({"prompt": "一座山", "num_inference_steps": 1}, engine.limits)
-        assert asyncio.run(engine.generate(request)).warnings == warned
+        assert engines.generate(engine, prompt="一座山", num_inference_steps=1).warnings == warned
 
 
 def test_time_of_day_and_snow_show_in_the_picture(demo_engine: Engine):

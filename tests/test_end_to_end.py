@@ -21,11 +21,11 @@ from PIL import Image
 
 from tests.support import forks
 from tests.support.client import picture, until
+from tests.support.platform_stub import HANDLER
 from tests.support.processes import run_handler
 
 pytestmark = pytest.mark.process
 
-HANDLER = Path(__file__).parents[1] / "handler.py"
 BASELINES_PROMPT = "A double-black diamond mountain to ski on near Seattle."
 
 

@@ -15,10 +15,10 @@ from src.model.checks import WEIGHTS
 from src.settings import Settings
 from tests.support import engines, forks, hub
 from tests.support.layouts import halve, weight_file
+from tests.support.processes import ROOT
 
 pytestmark = pytest.mark.process
 
-ROOT = Path(__file__).parents[1]
 REPO = "someone/tiny"
 
 

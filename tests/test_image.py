@@ -17,8 +17,8 @@ from PIL import Image
 from src.settings import DEFAULT_MODEL_ID
 from src.startup import prefetch
 from tests.support import hub
+from tests.support.processes import ROOT
 
-ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
 
 

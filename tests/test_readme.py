@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -15,8 +14,8 @@ from src.api.picture import Picture
 from src.api.request import ImageRequest
 from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION
 from src.startup.import_libraries import DEFERRED
+from tests.support.processes import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = {
     name: (ROOT / name).read_text(encoding="utf-8")
     for name in (
