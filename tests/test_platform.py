@@ -252,6 +252,8 @@ def test_worker_with_a_poisoned_device_is_replaced():
         poison, behind = client.run("poison"), client.run("the sea")
         client.until(behind, "IN_PROGRESS")
         left = client.run("the sea")
+        # the free slot of the first job must not be filled before the device fails
+        platform.faults.append(Fault("job-take", delay=2))
         assert client.finished(before)["status"] == "COMPLETED"
         for job in (poison, behind):
             failed = client.finished(job)
