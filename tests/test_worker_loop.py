@@ -477,6 +477,7 @@ def test_failing_platform_costs_one_line_and_no_job(stub: Platform, fault: Fault
 @pytest.mark.parametrize(
     "fault",
     [
+        Fault("job-take", trickle=True),
         Fault("job-take", trickle=True, text='{"id": '),
         Fault("job-stop", trickle=True, text='{"jobsToStop": '),
         Fault("job-done", trickle=True),

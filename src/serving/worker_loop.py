@@ -202,14 +202,19 @@ class WorkerLoop:
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:
-    """Returns the body of an answer.
+    """Returns the body of an answer, or as much as has come of it by the poll's time-out.
 
     Raises:
         ValueError: if it has more than MAX_ANSWER_BYTES, decompressed.
     """
     body = bytearray()
-    async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) > MAX_ANSWER_BYTES:
-            raise ValueError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+    try:
+        async for chunk in response.content.iter_any():
+            body += chunk
+            if len(body) > MAX_ANSWER_BYTES:
+                raise ValueError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+    except TimeoutError:
+        # it may hold whole jobs
+        if not body:
+            raise
     return bytes(body)
