@@ -103,7 +103,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.process)
     # with two processes, the longest files must not be the last
-    items.sort(key=lambda item: item.path.stem not in ("test_generate_sh", "test_platform"))
+    items.sort(key=lambda item: item.path.stem not in ("test_generate_sh", "test_platform", "test_worker_loop"))
 
 
 @pytest.fixture(autouse=True)
