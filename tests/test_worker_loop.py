@@ -461,11 +461,7 @@ def test_failing_platform_costs_one_line_and_no_job(stub: Platform, fault: Fault
         client = Client(stub)
         until(lambda: not stub.faults)
         assert client.generate()["status"] == "COMPLETED"
-        unwanted = client.run("unwanted")
-        client.until(unwanted, "IN_PROGRESS")
-        client.post(f"cancel/{unwanted}")
-        until(lambda: not JobsProgress().get_job_count())
-        assert results(stub, unwanted) == []
+        assert_stops_a_job(stub, client)
 
     stub.faults.append(fault)
     work(until_unwanted, clients)
@@ -490,15 +486,19 @@ def test_answer_that_never_ends_costs_no_job(stub: Platform, fault: Fault):
         job = client.run()
         until(lambda: not stub.faults)
         assert client.finished(job)["status"] == client.generate()["status"] == "COMPLETED"
-        unwanted = client.run("unwanted")
-        client.until(unwanted, "IN_PROGRESS")
-        client.post(f"cancel/{unwanted}")
-        until(lambda: not JobsProgress().get_job_count())
-        assert results(stub, unwanted) == []
+        assert_stops_a_job(stub, client)
 
     stub.faults.append(fault)
     stub.poll_seconds = 0.1
     work(until_unwanted, clients, concurrency=1, timing=replace(SHORT, poll_timeout=0.3))
+
+
+def assert_stops_a_job(stub: Platform, client: Client) -> None:
+    unwanted = client.run("unwanted")
+    client.until(unwanted, "IN_PROGRESS")
+    client.post(f"cancel/{unwanted}")
+    until(lambda: not JobsProgress().get_job_count())
+    assert results(stub, unwanted) == []
 
 
 async def until_unwanted(job: dict[str, Any]) -> dict[str, Any]:
