@@ -97,7 +97,8 @@ printf %s "$clear" >&2
 [[ $state == COMPLETED ]] || die "job $job ended as $state${detail:+: $detail}"
 
 python3 - "$output" "$work/answer" <<'PYTHON'
-import json, os, sys, urllib.request
+import json, os, signal, sys, urllib.request
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 path, answer = sys.argv[1:]
 output = json.load(open(answer)).get("output")
 if not output:
