@@ -2,6 +2,8 @@
 
 MAX_QUOTED_CHARACTERS = 40
 """The most that an error quotes of a value."""
+INVALID_INPUT = "invalid input: "
+"""How a ``JobError`` about a job's input begins."""
 
 
 class JobError(Exception):

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from src.errors import JobError, shortened
+from src.errors import INVALID_INPUT, JobError, shortened
 
 IMAGES, MODELS = "/v1/images/generations", "/v1/models"
 """The supported routes."""
@@ -18,8 +18,6 @@ NAMES = {"n": "num_images", "output_compression": "output_quality"}
 """OpenAI's names for fields that are called otherwise here."""
 WITHOUT_EFFECT = {"background", "model", "moderation", "quality", "safety_identifier", "style", "user"}
 """OpenAI's fields that mean nothing here. There is only one model, whatever ``model`` says."""
-INVALID = "invalid input: "
-"""How the error of an invalid request begins."""
 
 ReadInput = Callable[[object], tuple[object, bool]]
 """Takes a job's input; returns that of an ``ImageRequest``, and whether its pictures may go to the bucket."""
@@ -56,21 +54,21 @@ def read_input(call: Any, has_bucket: bool) -> tuple[object, bool]:
         JobError: if the route is none of the supported ones, or if ``size`` or ``response_format`` is invalid.
     """
     if call["openai_route"] != IMAGES:
-        raise JobError(f"{INVALID}no such route, there are {IMAGES} and {MODELS}")
+        raise JobError(f"{INVALID_INPUT}no such route, there are {IMAGES} and {MODELS}")
     body = call.get("openai_input")
     if not isinstance(body, dict):
         return body, False
     wanted = body.get("response_format")
     if wanted not in (None, "b64_json", "url") or (wanted == "url" and not has_bucket):
         allowed = "b64_json or url" if has_bucket else "b64_json, since this endpoint has no bucket"
-        raise JobError(f"{INVALID}response_format: must be {allowed}, got {shortened(wanted)}")
+        raise JobError(f"{INVALID_INPUT}response_format: must be {allowed}, got {shortened(wanted)}")
     no_fields = WITHOUT_EFFECT | {"response_format", "size"}
     fields = {NAMES.get(name, name): value for name, value in body.items() if name not in no_fields}
     size = body.get("size")
     if size not in (None, "auto"):
         match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size) if isinstance(size, str) else None
         if not match:
-            raise JobError(f"{INVALID}size: must be auto or such as 512x512, got {shortened(size)}")
+            raise JobError(f"{INVALID_INPUT}size: must be auto or such as 512x512, got {shortened(size)}")
         fields |= {"width": int(match[1]), "height": int(match[2])}
     return fields, wanted != "b64_json"
 
@@ -82,15 +80,14 @@ def _image(image: dict[str, Any]) -> dict[str, Any]:
 
 def error(message: str) -> dict[str, Any]:
     """Converts a job's error to OpenAI's shape, with OpenAI's names of the fields."""
-    is_invalid = message.startswith(INVALID)
+    is_invalid = message.startswith(INVALID_INPUT)
     if is_invalid:
         theirs = {ours: name for name, ours in NAMES.items()} | {"width": "size", "height": "size"}
-        faults = re.sub(
-            r"(^|(?<=; ))\w+(?=: )", lambda name: theirs.get(name[0], name[0]), message.removeprefix(INVALID)
-        )
+        faults = message.removeprefix(INVALID_INPUT).split("; ")
+        renamed = [re.sub(r"^\w+(?=: )", lambda name: theirs.get(name[0], name[0]), fault) for fault in faults]
         # one value of size can be wrong for both width and height
-        message = INVALID + "; ".join(dict.fromkeys(faults.split("; ")))
-    field = re.match(rf"{INVALID}(\w+): ", message)
+        message = INVALID_INPUT + "; ".join(dict.fromkeys(renamed))
+    field = re.match(rf"{INVALID_INPUT}(\w+): ", message)
     return {
         "message": message,
         "type": "invalid_request_error" if is_invalid else "server_error",

@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from src.api.messages import describe_errors, kind_of
-from src.errors import JobError, printable, shortened
+from src.errors import INVALID_INPUT, JobError, printable, shortened
 from src.schedulers import SCHEDULERS
 
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -141,15 +141,15 @@ class ImageRequest(BaseModel):
             JobError: listing every fault.
         """
         if not isinstance(job_input, dict):
-            raise JobError(f'invalid input: must be an object such as {{"prompt": "..."}}, got {kind_of(job_input)}')
+            raise JobError(f'{INVALID_INPUT}must be an object such as {{"prompt": "..."}}, got {kind_of(job_input)}')
         unknown = len(job_input.keys() - cls.model_fields.keys())
         if unknown > len(cls.model_fields):
             # with a million of them, pydantic would block the event loop for seconds
-            raise JobError(f"invalid input: {unknown:,} unknown fields, there are only {', '.join(cls.model_fields)}")
+            raise JobError(f"{INVALID_INPUT}{unknown:,} unknown fields, there are only {', '.join(cls.model_fields)}")
         try:
             return cls.model_validate(job_input, context=limits)
         except ValidationError as error:
-            raise JobError(f"invalid input: {describe_errors(error.errors(), cls.model_fields)}") from None
+            raise JobError(f"{INVALID_INPUT}{describe_errors(error.errors(), cls.model_fields)}") from None
 
     @classmethod
     def fields_without(cls, mark: Mark) -> list[str]:

@@ -30,6 +30,7 @@ from runpod.serverless.modules import rp_job, rp_scale
 from runpod.serverless.modules.rp_logger import _set_batch_id
 from runpod.serverless.modules.worker_state import JobsProgress
 
+from src.errors import INVALID_INPUT
 from src.serving import heartbeat, log_output
 from src.serving.delivery import CONNECT_TIMEOUT, Outage, Refusal, Timing, deliver
 from src.serving.taken_jobs import Job, read_jobs
@@ -163,7 +164,7 @@ class WorkerLoop:
     async def _work(self, session: aiohttp.ClientSession, job: Job) -> None:
         _set_batch_id(job.fields.get("batchId"))
         if job.fault:
-            result = {"error": f"invalid input: {job.fault}"}
+            result = {"error": f"{INVALID_INPUT}{job.fault}"}
             log.warn("failed: invalid input", job.id)
         else:
             result = await rp_job.run_job(self._handler, job.fields)
