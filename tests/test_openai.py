@@ -145,15 +145,14 @@ def test_malformed_body_is_logged_and_refused_in_openais_format(
 
 
 @pytest.mark.parametrize(
-    ("client", "body", "fields"),
+    ("body", "fields"),
     [
-        (
-            "Open WebUI",
+        pytest.param(
             {"model": "dall-e-2", "n": 1, "size": "512x512", "response_format": "b64_json"},
             {"width": 512, "height": 512, "num_images": 1},
+            id="Open WebUI",
         ),
-        (
-            "LibreChat's image_gen_oai",
+        pytest.param(
             {
                 "model": "gpt-image-1",
                 "n": 1,
@@ -163,15 +162,16 @@ def test_malformed_body_is_logged_and_refused_in_openais_format(
                 "size": "auto",
             },
             {"num_images": 1, "output_format": "png"},
+            id="LibreChat's image_gen_oai",
         ),
-        (
-            "LibreChat's dalle",
+        pytest.param(
             {"model": "dall-e-3", "n": 1, "quality": "standard", "style": "vivid", "size": "1024x1024"},
             {"width": 1024, "height": 1024, "num_images": 1},
+            id="LibreChat's dalle",
         ),
     ],
 )
-def test_request_of_a_known_client_is_accepted(client: str, body: dict[str, Any], fields: dict[str, Any]):
+def test_request_of_a_known_client_is_accepted(body: dict[str, Any], fields: dict[str, Any]):
     call = {"openai_route": openai.IMAGES, "openai_input": {"prompt": "the sea"} | body}
     job_input, _ = openai.read_input(call, has_bucket=False)
     assert job_input == {"prompt": "the sea"} | fields
