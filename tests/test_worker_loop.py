@@ -298,7 +298,7 @@ def test_job_stopped_before_its_first_step_is_neither_handled_nor_counted():
         async with aiohttp.ClientSession() as session:
             internals.begin_job(loop, session, TakenJob("job-1", {"id": "job-1", "input": {}}))
             assert JobsProgress().get_job_list() == "job-1"
-            assert await internals.stop_jobs(loop, "job-1", "job-1") == ["job-1"]
+            await internals.stop_jobs(loop, "job-1", "job-1")
             await asyncio.wait(internals.tasks_of(loop))
         assert JobsProgress().get_job_count() == len(internals.tasks_of(loop)) == 0
 
@@ -650,7 +650,7 @@ def test_outage_is_logged_at_its_start_once_a_minute_and_at_its_end(
     assert lines[0] == "WARN   | job-1 | cannot take jobs, trying again: TimeoutError"
     assert lines[-1].startswith("INFO   | job-1 | could take jobs again after 36")
     assert 40 < len(lines) <= 2 + 60
-    assert pauses[0] <= 0.25 and min(pauses[20:]) >= 12.5 and max(pauses) <= 25
+    assert pauses[0] <= 0.25 and min(pauses[20:]) >= 2.5 and max(pauses) <= 5
     assert len(set(pauses)) == len(pauses)
 
 

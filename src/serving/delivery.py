@@ -8,7 +8,6 @@ import asyncio
 import json
 import random
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -19,46 +18,31 @@ from runpod.serverless.modules import rp_http
 
 log = runpod.RunPodLogger()
 
-
-CONNECT_TIMEOUT = 10
-"""In seconds."""
-SILENCE_TIMEOUT = 30
-"""How long a connection may stay silent, in seconds."""
+CONNECT_TIMEOUT = 10  # seconds
+SILENCE_TIMEOUT = 30  # seconds that a connection may stay silent
 
 
 @dataclass(frozen=True)
 class Timing:
     """How long the worker waits for the platform, in seconds."""
 
-    first_pause: float = 0.25
-    max_pause: float = 25.0
-    """The pause doubles after each failed try, from ``first_pause`` to ``max_pause``."""
-    shutdown_pause: float = 1.0
-    """The longest pause during shutdown, when the platform may kill the process at any time."""
-    line_interval: float = 60.0
-    """Between two log lines about the same outage."""
-    give_up: float = 600.0
-    """How long a result is retried: RunPod's default execution timeout, after which the job has ended."""
-    result_timeout: float = 120.0
-    """For one try: enough for 10 MB at 0.1 MB/s."""
-    poll_timeout: float = 90.0
-    """For a long poll; the SDK's own limit."""
-    poll_interval: float = 0.2
-    """The shortest time from one long poll to the next if the first brought nothing."""
-    early_stop: float = 60.0
-    """How long a stop signal that arrived before its job is remembered."""
+    first_pause: float = 0.25  # after a failed try; doubles with each one that follows
+    max_pause: float = 5.0  # the SDK's own after status 429
+    shutdown_pause: float = 1.0  # the longest during shutdown, when the platform may kill the process at any time
+    line_interval: float = 60.0  # between two log lines about the same outage
+    give_up: float = 600.0  # results are retried for RunPod's default execution timeout, after which the job has ended
+    result_timeout: float = 120.0  # for one try: enough for 10 MB at 0.1 MB/s
+    poll_timeout: float = 90.0  # for a long poll: the SDK's own limit
+    poll_interval: float = 0.2  # the shortest time from one long poll to the next if the first brought no jobs
+    early_stop: float = 60.0  # a stop signal that arrives before its job is remembered
 
 
 class Refusal(Exception):
-    """The platform answered that a request failed.
-
-    Only here is a status the platform's: aiohttp also gives a status to errors of its own, such as an answer that is
-    not HTTP.
-    """
+    """A status that the platform sent. aiohttp's errors have one too, such as 400 for an answer that is not HTTP."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         super().__init__(f"the platform answered {response.status}, {response.reason}")
-        self.status = response.status
+        self.is_final = 400 <= response.status < 500 and response.status not in (408, 425, 429)
 
 
 class Outage:
@@ -71,27 +55,24 @@ class Outage:
         self._what = what
         self._timing = timing
         self._job_id = job_id
-        self._tries = 0
-        self._began = self._logged = 0.0
+        self._pause = self._began = self._logged = 0.0
 
     def failed(self, error: Exception) -> float:
         """Returns the seconds to wait: exponential backoff, shortened at random by up to half."""
         now = time.monotonic()
-        if not self._tries:
+        if not self._pause:
             self._began = self._logged = now
             log.warn(f"cannot {self._what}, trying again: {_reason(error)}", self._job_id)
         elif now - self._logged > self._timing.line_interval:
             self._logged = now
             log.warn(f"cannot {self._what} for {now - self._began:.0f} s now: {_reason(error)}", self._job_id)
-        # bounded, because a float overflows at large powers of two
-        pause = min(self._timing.first_pause * 2.0 ** min(self._tries, 20), self._timing.max_pause)
-        self._tries += 1
-        return pause * random.uniform(0.5, 1)
+        self._pause = min(self._pause * 2 or self._timing.first_pause, self._timing.max_pause)
+        return self._pause * random.uniform(0.5, 1)
 
     def succeeded(self) -> None:
-        if self._tries:
+        if self._pause:
             log.info(f"could {self._what} again after {time.monotonic() - self._began:.1f} s", self._job_id)
-        self._tries = 0
+        self._pause = 0.0
 
 
 async def deliver(
@@ -107,28 +88,19 @@ async def deliver(
     while True:
         try:
             await post(session, job_id, body, timing.result_timeout)
+            break
         except Exception as error:
-            if not _is_transient(error) or time.monotonic() > give_up:
+            if (isinstance(error, Refusal) and error.is_final) or time.monotonic() > give_up:
                 log.error(f"the result is lost: {_reason(error)}", job_id)
                 return
             pause = sending.failed(error)
-        else:
-            sending.succeeded()
-            log.info("Finished.", job_id)
-            return
-        if shutting_down.is_set():
-            await asyncio.sleep(min(pause, timing.shutdown_pause))
-        else:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(shutting_down.wait(), pause)
+            await asyncio.sleep(min(pause, timing.shutdown_pause) if shutting_down.is_set() else pause)
+    sending.succeeded()
+    log.info("Finished.", job_id)
 
 
 async def post(session: aiohttp.ClientSession, job_id: str, body: bytes, timeout: float) -> None:
-    """Sends a job's result or progress, within ``timeout`` seconds.
-
-    Raises:
-        Refusal, aiohttp.ClientError, TimeoutError, OSError: unless the platform accepts it.
-    """
+    """Sends a job's result or progress; raises unless the platform accepts it within ``timeout`` seconds."""
     quoted_id = quote(job_id, safe="")
     url = rp_http.JOB_DONE_URL.replace("$ID", quoted_id) + "&isStream=false"
     headers = {"Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8", "X-Request-ID": quoted_id}
@@ -136,11 +108,6 @@ async def post(session: aiohttp.ClientSession, job_id: str, body: bytes, timeout
     async with session.post(url, data=body, headers=headers, timeout=limits, allow_redirects=False) as response:
         if not 200 <= response.status < 300:
             raise Refusal(response)
-
-
-def _is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed later."""
-    return not isinstance(error, Refusal) or error.status in (408, 425, 429) or not 400 <= error.status < 500
 
 
 def _reason(error: Exception) -> str:

@@ -15,10 +15,8 @@ from runpod.http_client import AsyncClientSession
 from src.serving.delivery import post
 from src.settings import on_runpod
 
-INTERVAL = 1.0
-"""Between two reports, in seconds."""
-TIMEOUT = 30.0
-"""How long to wait for the answer to a report, in seconds."""
+INTERVAL = 1.0  # seconds between two reports
+TIMEOUT = 30.0  # seconds that the platform may take to answer one
 
 log = runpod.RunPodLogger()
 
@@ -32,23 +30,22 @@ async def progress_reports(job_id: str, report: Callable[[], dict[str, Any]]) ->
     if not on_runpod():
         yield
         return
-    finished = asyncio.Event()
+    finished = asyncio.get_running_loop().create_future()
     reporter = asyncio.create_task(_send_reports(job_id, report, finished))
     try:
         yield
     finally:
-        finished.set()
+        finished.set_result(None)
         await reporter
 
 
-async def _send_reports(job_id: str, report: Callable[[], dict[str, Any]], finished: asyncio.Event) -> None:
+async def _send_reports(job_id: str, report: Callable[[], dict[str, Any]], finished: asyncio.Future[None]) -> None:
     async with AsyncClientSession() as session:
         while True:
-            try:
-                await asyncio.wait_for(finished.wait(), INTERVAL)
+            await asyncio.wait([finished], timeout=INTERVAL)
+            if finished.done():
                 return
-            except TimeoutError:
-                body = json.dumps({"status": "IN_PROGRESS", "output": report()}).encode()
+            body = json.dumps({"status": "IN_PROGRESS", "output": report()}).encode()
             try:
                 await post(session, job_id, body, TIMEOUT)
             except Exception as error:

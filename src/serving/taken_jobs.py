@@ -1,4 +1,4 @@
-"""Reads the jobs in the platform's answer to job-take.
+"""Reads the platform's answer to job-take.
 
 One client's input must not cost another client a job. ``json.loads`` reads all of an answer or nothing, and so do
 pydantic_core, orjson and msgspec: it fails where one input is nested more deeply than Python's stack, has an integer of
@@ -8,12 +8,18 @@ more than 4,300 digits, or is not valid UTF-8. Such an answer is cut into its jo
 import asyncio
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import aiohttp
 import runpod
 
 log = runpod.RunPodLogger()
+
+
+MAX_ANSWER_BYTES = 64 * 2**20
+"""The longest answer that the worker reads. RunPod's limit for one job's request is 20 MB."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,21 @@ class Job:
 
 class _Unreadable(Exception):
     """The JSON may be well-formed, but this process cannot read it."""
+
+
+async def read_body(response: aiohttp.ClientResponse) -> bytes:
+    """Returns the body of an answer, or as much as came before the request's time-out: it may hold whole jobs.
+
+    Raises:
+        ValueError: if it has more than MAX_ANSWER_BYTES, decompressed.
+    """
+    body = bytearray()
+    with suppress(TimeoutError):
+        async for chunk in response.content.iter_any():
+            body += chunk
+            if len(body) > MAX_ANSWER_BYTES:
+                raise ValueError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+    return bytes(body)
 
 
 async def read_jobs(body: bytes) -> list[Job]:

@@ -51,9 +51,9 @@ def options_of_the_sdk() -> list[str]:
     return [action.option_strings[0] for action in runpod.serverless.parser._actions]
 
 
-async def stop_jobs(loop: WorkerLoop, *jobs: str) -> list[str]:
-    """Has the loop read a stop signal for ``jobs``. Returns the jobs that it stopped."""
-    return await loop._stop_jobs(json.dumps({"jobsToStop": jobs}).encode())
+async def stop_jobs(loop: WorkerLoop, *jobs: str) -> None:
+    """Has the loop read a stop signal for ``jobs``."""
+    await loop._stop_jobs(json.dumps({"jobsToStop": jobs}).encode())
 
 
 def remembered_stops(loop: WorkerLoop) -> Collection[str]:
@@ -62,7 +62,8 @@ def remembered_stops(loop: WorkerLoop) -> Collection[str]:
 
 
 def begin_job(loop: WorkerLoop, session: aiohttp.ClientSession, job: Job) -> None:
-    loop._begin(session, job)
+    loop._session = session
+    loop._begin(job)
 
 
 def tasks_of(loop: WorkerLoop) -> Collection[asyncio.Task]:
