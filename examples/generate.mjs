@@ -1,9 +1,7 @@
-// Generates pictures with RunPod's SDK from npm: npm install runpod-sdk
+// Generates pictures with RunPod's SDK from npm (npm install runpod-sdk): node generate.mjs PROMPT [FIELD=VALUE ...]
 //
-// ENDPOINT_ID=... RUNPOD_API_KEY=... node examples/generate.mjs PROMPT [FIELD=VALUE ...]
-//
-// FIELD=VALUE is any field of the request, such as seed=7 or output_format=webp. ENDPOINT_URL in place of both variables
-// is the address of another endpoint, such as http://localhost:8000.
+// FIELD=VALUE is any field of the request, such as seed=7 or output_format=webp. The endpoint is that of ENDPOINT_ID and
+// RUNPOD_API_KEY, or ENDPOINT_URL, such as http://localhost:8000.
 import { writeFile } from "node:fs/promises";
 import { setTimeout as sleep } from "node:timers/promises";
 import runpodSdk from "runpod-sdk";
@@ -27,13 +25,16 @@ async function generate(endpoint, input) {
 try {
   const { ENDPOINT_ID, ENDPOINT_URL, RUNPOD_API_KEY } = process.env;
   const { RUNPOD_ENDPOINT_BASE_URL = "https://api.runpod.ai/v2" } = process.env;
-  const isSet = ENDPOINT_URL || (ENDPOINT_ID && RUNPOD_API_KEY);
-  if (!isSet) throw new Error("set ENDPOINT_ID and RUNPOD_API_KEY, or ENDPOINT_URL");
+  if (!(ENDPOINT_URL || (ENDPOINT_ID && RUNPOD_API_KEY)))
+    throw new Error("set ENDPOINT_ID and RUNPOD_API_KEY, or ENDPOINT_URL");
   const { href } = new URL(ENDPOINT_URL || `${RUNPOD_ENDPOINT_BASE_URL}/${ENDPOINT_ID}`);
   const [, baseUrl, id] = href.match(/^(.*)\/([^/]+)\/?$/);
   const [prompt, ...fields] = process.argv.slice(2);
+  if (!prompt) throw new Error("a prompt is needed");
   const input = { prompt };
-  for (const [name, value] of fields.map((field) => field.split(/=(.*)/s))) {
+  for (const field of fields) {
+    const [name, value] = field.split(/=(.*)/s);
+    if (value === undefined) throw new Error(`${field} is not FIELD=VALUE; a prompt of several words needs quotes`);
     input[name] = /^-?(0|[1-9]\d*)(\.\d+)?(e[-+]?\d+)?$/i.test(value) ? Number(value) : value;
   }
   const output = await generate(runpodSdk(RUNPOD_API_KEY ?? "", { baseUrl }).endpoint(id), input);

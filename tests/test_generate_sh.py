@@ -119,9 +119,10 @@ def test_local_server_of_the_sdk_works_as_an_endpoint(local_server: str, platfor
     [
         (["the sea", "width=65"], {}, r"job [\w-]+ ended as FAILED: invalid input: width: must be a multiple of 8, .*"),
         (["the", "sea"], {}, "sea is not FIELD=VALUE; a prompt of several words needs quotes"),
-        (["the sea", "--seed", "3"], {}, "unknown option --seed, see --help"),
+        (["the sea", "--seed", "3"], {}, "--seed is not FIELD=VALUE; .*"),
         (["the sea", "-o"], {}, "-o needs the name of a file"),
-        ([], {}, "a prompt is needed, see --help"),
+        ([], {}, "the prompt comes first, see --help"),
+        (["-o", "sea.png", "the sea"], {}, "the prompt comes first, see --help"),
         (["the sea", "-o", "nowhere/sea.png"], {}, "cannot write nowhere/sea.png"),
         (["the sea", "-o", "."], {}, "cannot write ."),
         (["the sea", "-o", "/proc/self/sea.png"], {}, "cannot write /proc/self/sea.png"),
@@ -173,11 +174,10 @@ def test_answer_that_is_not_from_runpod_is_reported(tmp_path: Path):
 def test_status_is_asked_for_again_while_the_endpoint_is_busy_or_broken(
     platform: Platform, client: Client, tmp_path: Path
 ):
-    platform.faults += [Fault("/status/", status=429), Fault("/status/", drop=True), Fault("/status/", status=502)]
+    platform.faults += [Fault("/status/", status=429), Fault("/status/", drop=True)]
     ran = generate(platform, tmp_path, "the sea", "num_inference_steps=2")
     assert ran.returncode == 0, ran.stderr
-    retries = re.findall(r"the endpoint is busy or broken \((\d+)\), asking again in 5 s\n", ran.stderr)
-    assert retries == ["429", "000", "502"]
+    assert platform.faults == []
 
 
 @pytest.mark.process
@@ -189,10 +189,13 @@ def test_job_that_the_endpoint_may_have_taken_is_not_sent_again(tmp_path: Path):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("route", ["/run", "/status/"])
-def test_interrupt_cancels_the_job_even_while_it_is_being_sent(tmp_path: Path, route: str):
+@pytest.mark.parametrize(
+    "fault", [Fault("/run", delay=0.5), Fault("/status/", delay=0.5), Fault("/status/", status=503, times=100)]
+)
+def test_interrupt_cancels_the_job_even_while_a_request_is_under_way(tmp_path: Path, fault: Fault):
+    times = fault.times
     with serving() as platform:
-        platform.faults += [Fault(route, delay=0.5)]
+        platform.faults.append(fault)
         script = subprocess.Popen(
             [GENERATE, "the sea"],
             cwd=tmp_path,
@@ -201,7 +204,7 @@ def test_interrupt_cancels_the_job_even_while_it_is_being_sent(tmp_path: Path, r
             text=True,
             start_new_session=True,
         )
-        until(lambda: not platform.faults)
+        until(lambda: fault.times < times)
         os.killpg(script.pid, signal.SIGINT)
         _, said = script.communicate(timeout=20)
         assert script.returncode == 130

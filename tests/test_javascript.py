@@ -57,6 +57,7 @@ def test_local_server_of_the_sdk_works_as_an_endpoint(local_server: str, platfor
     ("fields", "settings", "error"),
     [
         (["width=65"], {}, "ended as FAILED: invalid input: width: must be a multiple of 8, got 65"),
+        (["the", "sea"], {}, "the is not FIELD=VALUE; a prompt of several words needs quotes"),
         ([], {"RUNPOD_API_KEY": "wrong"}, "Request failed with status code 401"),
         ([], {"ENDPOINT_URL": "http://127.0.0.1:2/x"}, "fetch failed: connect ECONNREFUSED 127.0.0.1:2"),
         ([], {"ENDPOINT_URL": "localhost"}, "Invalid URL"),
