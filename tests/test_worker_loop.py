@@ -650,7 +650,7 @@ def test_outage_is_logged_at_its_start_once_a_minute_and_at_its_end(
     assert lines[0] == "WARN   | job-1 | cannot take jobs, trying again: TimeoutError"
     assert lines[-1].startswith("INFO   | job-1 | could take jobs again after 36")
     assert 40 < len(lines) <= 2 + 60
-    assert pauses[0] <= 0.25 and min(pauses[20:]) >= 2.5 and max(pauses) <= 5
+    assert pauses[0] <= 0.25 and min(pauses[20:]) >= 12.5 and max(pauses) <= 25
     assert len(set(pauses)) == len(pauses)
 
 

@@ -8,6 +8,7 @@ import asyncio
 import json
 import random
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -27,7 +28,7 @@ class Timing:
     """How long the worker waits for the platform, in seconds."""
 
     first_pause: float = 0.25  # after a failed try; doubles with each one that follows
-    max_pause: float = 5.0  # the SDK's own after status 429
+    max_pause: float = 25.0
     shutdown_pause: float = 1.0  # the longest during shutdown, when the platform may kill the process at any time
     line_interval: float = 60.0  # between two log lines about the same outage
     give_up: float = 600.0  # results are retried for RunPod's default execution timeout, after which the job has ended
@@ -94,7 +95,11 @@ async def deliver(
                 log.error(f"the result is lost: {_reason(error)}", job_id)
                 return
             pause = sending.failed(error)
-            await asyncio.sleep(min(pause, timing.shutdown_pause) if shutting_down.is_set() else pause)
+        if shutting_down.is_set():
+            await asyncio.sleep(min(pause, timing.shutdown_pause))
+        else:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(shutting_down.wait(), pause)
     sending.succeeded()
     log.info("Finished.", job_id)
 

@@ -6,19 +6,15 @@ The SDK's ``progress_update`` (1.12.0) sends each report from a thread of its ow
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-import runpod
 from runpod.http_client import AsyncClientSession
 
-from src.serving.delivery import post
+from src.serving.delivery import SILENCE_TIMEOUT, post
 from src.settings import on_runpod
 
 INTERVAL = 1.0  # seconds between two reports
-TIMEOUT = 30.0  # seconds that the platform may take to answer one
-
-log = runpod.RunPodLogger()
 
 
 @asynccontextmanager
@@ -46,7 +42,6 @@ async def _send_reports(job_id: str, report: Callable[[], dict[str, Any]], finis
             if finished.done():
                 return
             body = json.dumps({"status": "IN_PROGRESS", "output": report()}).encode()
-            try:
-                await post(session, job_id, body, TIMEOUT)
-            except Exception as error:
-                log.debug(f"a progress report was lost: {type(error).__name__}", job_id)
+            # the next report makes up for one that is lost
+            with suppress(Exception):
+                await post(session, job_id, body, SILENCE_TIMEOUT)
