@@ -188,30 +188,41 @@ def test_job_that_the_endpoint_may_have_taken_is_not_sent_again(tmp_path: Path):
         assert not platform.jobs
 
 
+def interrupt(platform: Platform, folder: Path, fault: Fault) -> str:
+    """Presses Ctrl-C in a terminal whose script has met ``fault``. Returns what the script says then."""
+    times = fault.times
+    platform.faults.append(fault)
+    env = os.environ | environment(platform)
+    script = subprocess.Popen(
+        [GENERATE, "the sea"], cwd=folder, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    until(lambda: fault.times < times)
+    os.killpg(script.pid, signal.SIGINT)
+    _, said = script.communicate(timeout=20)
+    assert script.returncode == 130
+    return said
+
+
 @pytest.mark.process
 @pytest.mark.parametrize(
     "fault", [Fault("/run", delay=0.5), Fault("/status/", delay=0.5), Fault("/status/", status=503, times=100)]
 )
 def test_interrupt_cancels_the_job_even_while_a_request_is_under_way(tmp_path: Path, fault: Fault):
-    times = fault.times
     with serving() as platform:
-        platform.faults.append(fault)
-        script = subprocess.Popen(
-            [GENERATE, "the sea"],
-            cwd=tmp_path,
-            env=os.environ | environment(platform),
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        until(lambda: fault.times < times)
-        os.killpg(script.pid, signal.SIGINT)
-        _, said = script.communicate(timeout=20)
-        assert script.returncode == 130
+        said = interrupt(platform, tmp_path, fault)
         (job,) = platform.jobs.values()
         assert f"cancelled job {job.id}" in said
         assert job.status == "CANCELLED"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.process
+def test_job_that_cannot_be_cancelled_is_told(tmp_path: Path):
+    with serving() as platform:
+        platform.faults.append(Fault("/cancel/", status=500))
+        said = interrupt(platform, tmp_path, Fault("/status/", delay=0.5))
+        (job,) = platform.jobs.values()
+        assert f"cannot cancel job {job.id}: the endpoint answered 500" in said
 
 
 @pytest.mark.process

@@ -17,7 +17,6 @@ import runpod
 
 log = runpod.RunPodLogger()
 
-
 MAX_ANSWER_BYTES = 64 * 2**20
 """The longest answer that the worker reads. RunPod's limit for one job's request is 20 MB."""
 
