@@ -9,8 +9,9 @@ import os
 import re
 import sys
 import time
+from pathlib import Path
 from typing import Any
-from urllib.request import urlretrieve
+from urllib.request import urlopen
 
 import requests
 import runpod
@@ -61,8 +62,9 @@ try:
         sys.exit(f"generate.py: job {job['id']} ended as {job['status']}: {job.get('error', 'it has no output')}")
     images = output.get("images", [output])
     for i, image in enumerate(images, start=1):
-        path = f"picture{f'-{i}' if len(images) > 1 else ''}.{output.get('output_format', 'png')}"
-        urlretrieve(image.get("image_url") or f"data:;base64,{image['image']}", path)
+        path = Path(f"picture{f'-{i}' if len(images) > 1 else ''}.{output.get('output_format', 'png')}")
+        with urlopen(image.get("image_url") or f"data:;base64,{image['image']}", timeout=120) as file:
+            path.write_bytes(file.read())
         print(f"{path} seed {image['seed']}")
     for warning in output.get("warnings", []):
         print(f"warning: {warning}", file=sys.stderr)

@@ -48,9 +48,9 @@ request() {
 }
 # sets $job, $state, and $detail, which is the job's error or how many percent of it are done
 read_answer() {
-    [[ $http != 000 ]] || die "no answer from $endpoint: $(head -n 1 "$work/error")"
+    [[ $http != 000 ]] || die "no answer from $endpoint${job:+ about job $job}: $(head -n 1 "$work/error")"
     [[ $http != 40[14] ]] || die "the endpoint answered $http: check RUNPOD_API_KEY, and ENDPOINT_ID or ENDPOINT_URL"
-    [[ $http == 2?? ]] || die "the endpoint answered $http: $(head -c 300 "$work/answer")"
+    [[ $http == 2?? ]] || die "the endpoint answered $http${job:+ about job $job}: $(head -c 300 "$work/answer")"
     answer=$(trap '' INT && python3 -c 'import json, sys
 job = json.load(sys.stdin)
 print(job["id"], job["status"], job.get("error") or (job.get("output") or {}).get("progress", ""))
@@ -58,7 +58,7 @@ print(job["id"], job["status"], job.get("error") or (job.get("output") or {}).ge
     read -r job state detail <<<"$answer"
 }
 
-interrupted='' method=GET
+interrupted='' method=GET job=''
 trap 'interrupted=yes' INT TERM
 request POST /run --data-binary "@$work/body"
 read_answer

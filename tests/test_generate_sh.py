@@ -174,10 +174,19 @@ def test_answer_that_is_not_from_runpod_is_reported(tmp_path: Path):
 def test_status_is_asked_for_again_while_the_endpoint_is_busy_or_broken(
     platform: Platform, client: Client, tmp_path: Path
 ):
-    platform.faults += [Fault("/status/", status=429), Fault("/status/", drop=True)]
+    platform.faults += [Fault("/status/", status=429), Fault("/status/", drop=True), Fault("/status/", status=502)]
     ran = generate(platform, tmp_path, "the sea", "num_inference_steps=2")
     assert ran.returncode == 0, ran.stderr
     assert platform.faults == []
+
+
+@pytest.mark.process
+def test_error_after_the_job_was_sent_names_it(tmp_path: Path):
+    with serving() as platform:
+        platform.faults += [Fault("/status/", status=400)]
+        error = error_of(generate(platform, tmp_path, "the sea"))
+        (job,) = platform.jobs
+    assert error.startswith(f"the endpoint answered 400 about job {job}: ")
 
 
 @pytest.mark.process

@@ -118,7 +118,7 @@ class WorkerLoop:
         return found
 
     def _begin(self, job: Job) -> None:
-        task = asyncio.create_task(self._work(job))
+        task = asyncio.create_task(self._work(job), name=job.id)
         self._jobs[task] = job.id
         JobsProgress().add(job.id)
         task.add_done_callback(self._end)  # a task that is cancelled before its first step runs no code of its own
