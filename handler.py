@@ -1,4 +1,4 @@
-"""The entry point: arguments -> settings -> pipeline -> engine -> worker, then RunPod's loop.
+"""The entry point: arguments -> settings -> pipeline -> engine -> job handler, then RunPod's loop.
 
 python handler.py                  generates what test_input.json asks for
 python handler.py --check          starts the worker, logs how long each part took, and exits
@@ -14,7 +14,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from src.serving.command_line import parse_arguments
+from src.serving.command_line import Mode, choose_mode, parse_arguments
 from src.serving.log_output import open_closed_streams
 from src.serving.signals import exit_on_signals
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     import torch
 
     from src.generation.engine import Engine
+    from src.job_handler import JobHandler, ProgressReports
     from src.model.repository import Repository
     from src.settings import Settings
-    from src.worker import ProgressReports, Worker
 
 NO_PICTURE = (
     "its first picture is NaN: its weights are damaged, or do not fit into float16, in which a GPU runs them "
@@ -32,7 +32,7 @@ NO_PICTURE = (
 )
 
 
-def build_worker(settings: "Settings", progress_reports: "ProgressReports | None" = None) -> "Worker":
+def build_job_handler(settings: "Settings", progress_reports: "ProgressReports | None" = None) -> "JobHandler":
     """Imports the libraries, loads the model and generates a first picture; logs how long each step took.
 
     Args:
@@ -56,10 +56,10 @@ def build_worker(settings: "Settings", progress_reports: "ProgressReports | None
     from runpod import RunPodLogger
 
     from src.api import picture
-    from src.errors import JobError, StartError
-    from src.generation.batch_runner import PRODUCED_NAN
+    from src.errors import StartError
+    from src.generation.batch_runner import NotFinite
+    from src.job_handler import JobHandler
     from src.model.loading import memory_in_use
-    from src.worker import Worker
 
     log = RunPodLogger()
     for hint in typo_hints():
@@ -69,16 +69,14 @@ def build_worker(settings: "Settings", progress_reports: "ProgressReports | None
     loaded = time.monotonic()
     try:
         engine.warm_up()
-    except JobError as error:
-        if str(error) != PRODUCED_NAN:
-            raise
+    except NotFinite as error:
         with repository.naming(settings):
             # the card may be at fault
             raise StartError(NO_PICTURE, may_recover=True) from error
     picture.warm_up()
     log.info(f"warm-up: {time.monotonic() - loaded:.1f} s")
     log.info(f"ready: {memory_in_use()}, {time.monotonic() - begun:.1f} s in all")
-    return Worker(engine, settings, progress_reports)
+    return JobHandler(engine, settings, progress_reports)
 
 
 def build_engine(
@@ -96,6 +94,7 @@ def build_engine(
     """
     from runpod import RunPodLogger
 
+    from src.api.prompt_warnings import Vocabulary
     from src.generation.acceleration import accelerate
     from src.generation.batch_runner import BatchRunner
     from src.generation.engine import Engine
@@ -112,7 +111,7 @@ def build_engine(
         f"weights: {loading.describe(pipe)}, attention slicing {settings.attention_slicing}, "
         f"CUDA graphs {'on' if graphs else 'off'}, {time.monotonic() - begun:.1f} s"
     )
-    runner = BatchRunner(pipe, model.name, graphs)
+    runner = BatchRunner(pipe, model.name, graphs, Vocabulary(**model.words) if model.words else None)
     return Engine(runner, settings.max_batch_images, stall_timeout=settings.stall_timeout)
 
 
@@ -125,37 +124,36 @@ def main() -> None:
     # imported late, so that --help and misspelt arguments are answered at once
     from src.serving import api_server, one_job
     from src.serving.shared_memory import check_shared_memory
-    from src.settings import Settings, on_pod, on_runpod
-    from src.startup.import_libraries import set_environment
+    from src.settings import Settings
+    from src.startup.environment import set_environment
 
     set_environment()
-    serves_pod = on_pod() and not arguments.rp_serve_api and arguments.test_input is None
-    runs_one_job = not arguments.rp_serve_api and (arguments.test_input is not None or not (on_runpod() or on_pod()))
+    mode = choose_mode(arguments)
     try:
-        if on_runpod():
+        if mode is Mode.PLATFORM:
             check_shared_memory()
         settings = Settings.from_environment()
-        if arguments.rp_serve_api:
+        if mode is Mode.LOCAL_SERVER:
             api_server.check_address(arguments.rp_api_host, arguments.rp_api_port)
-        elif runs_one_job and not arguments.check:
+        elif mode is Mode.ONE_JOB:
             one_job.check_job(arguments.test_input)
-        elif serves_pod and not arguments.check:
+        elif mode is Mode.POD:
             api_server.prepare_pod()
-        worker = build_worker(settings, one_job.progress_bar if runs_one_job else None)
+        job_handler = build_job_handler(settings, one_job.progress_bar if mode is Mode.ONE_JOB else None)
     except Exception as error:
         from src.serving.refusal import refuse_to_start
 
-        refuse_to_start(error, takes_jobs=on_runpod() and not (arguments.check or runs_one_job))
-    if arguments.check:
+        refuse_to_start(error, takes_jobs=mode is Mode.PLATFORM)
+    if mode is Mode.CHECK:
         return
-    if serves_pod:
+    if mode is Mode.ONE_JOB:
+        one_job.run_job(job_handler.handle, quiet=not arguments.rp_log_level)
+        return
+    if mode is Mode.POD:
         api_server.announce_pod()
-    if runs_one_job:
-        one_job.run_job(worker.handle, quiet=not arguments.rp_log_level)
-    else:
-        from src.serving import worker_loop
+    from src.serving import worker_loop
 
-        worker_loop.start(worker.handle, settings.max_concurrency)
+    worker_loop.serve(job_handler.handle, settings.max_concurrency)
 
 
 if __name__ == "__main__":

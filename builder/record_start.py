@@ -26,7 +26,7 @@ def record() -> list[str]:
     import handler
     from src.settings import DEMO_MODEL_ID, Settings
 
-    handler.build_worker(Settings(model_id=DEMO_MODEL_ID))
+    handler.build_job_handler(Settings(model_id=DEMO_MODEL_ID))
     # the linker opens libraries without an audit event
     mapped = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
     read = dict.fromkeys([*mapped, *opened])

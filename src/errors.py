@@ -2,8 +2,6 @@
 
 MAX_QUOTED_CHARACTERS = 40
 """The most that an error quotes of a value."""
-INVALID_INPUT = "invalid input: "
-"""How a ``JobError`` about a job's input begins."""
 
 
 class JobError(Exception):
@@ -17,6 +15,18 @@ class JobError(Exception):
     def __init__(self, message: str, *, refresh_worker: bool = False) -> None:
         super().__init__(message)
         self.refresh_worker = refresh_worker
+
+
+class InvalidInput(JobError):
+    """Everything that is wrong with a job's input.
+
+    Args:
+        faults: each in words for the client, beginning with the field's name if it is about one: ``seed: must be ...``.
+    """
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__(f"invalid input: {'; '.join(faults)}")
+        self.faults = faults
 
 
 class StartError(Exception):

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "serving": {"api", "settings", *GROUND},
     "startup": {"model", "settings", *GROUND},
     "generation": {"api", "model", "settings", *GROUND},
-    "worker": {"generation", "api", "serving", "settings", *GROUND},
+    "job_handler": {"generation", "api", "serving", "settings", *GROUND},
 }
 """The other rooms that the modules of each room may import. Imports point downwards only."""
 

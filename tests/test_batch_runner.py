@@ -230,10 +230,6 @@ def test_blanked_picture_is_black_and_reported(v1_4_repository):
     result = generate(engine, num_images=2)
     assert [picture.nsfw for picture in result.pictures] == [True, True]
     assert {picture.image.getextrema() for picture in result.pictures} == {((0, 0),) * 3}
-    assert result.warnings == [
-        "image 1 of 2 (seed 3) was blanked by the safety checker",
-        "image 2 of 2 (seed 4) was blanked by the safety checker",
-    ]
     checker.concept_embeds_weights.data.fill_(2.0)
     assert generate(engine).pictures[0].nsfw is False
 

@@ -32,8 +32,8 @@ from src.api.bucket import Bucket, address
 from src.api.request import OutputFormat
 from src.errors import JobError
 from src.generation.engine import Engine
+from src.job_handler import JobHandler
 from src.settings import Settings
-from src.worker import Worker
 from tests.support.internals import finish_uploads
 from tests.support.processes import ROOT
 
@@ -211,7 +211,8 @@ def test_job_returns_links_in_place_of_pictures(
     monkeypatch.chdir(tmp_path)
     job = {"id": "job-2", "input": {"prompt": "a cat", "num_inference_steps": 2, "seed": 1, "num_images": 2}}
     there, here = (
-        asyncio.run(Worker(v1_4_engine, each).handle(job)) for each in (settings(), Settings(max_result_bytes=10**7))
+        asyncio.run(JobHandler(v1_4_engine, each).handle(job))
+        for each in (settings(), Settings(max_result_bytes=10**7))
     )
     assert [set(image) for image in there["images"]] == [{"image_url", "seed", "nsfw_content_detected"}] * 2
     for linked, given in zip(there["images"], here["images"], strict=True):
@@ -223,7 +224,7 @@ def test_job_returns_links_in_place_of_pictures(
 @pytest.mark.parametrize("output_format", get_args(OutputFormat))
 def test_link_has_the_name_and_content_type_of_its_format(storage: Storage, v1_4_engine: Engine, output_format: str):
     asked = {"prompt": "a cat", "num_inference_steps": 1, "output_format": output_format}
-    answer = asyncio.run(Worker(v1_4_engine, settings()).handle({"id": "job-5", "input": asked}))
+    answer = asyncio.run(JobHandler(v1_4_engine, settings()).handle({"id": "job-5", "input": asked}))
     assert f"job-5/picture-1.{output_format}?" in answer["image_url"]
     fetched = requests.get(answer["image_url"], timeout=10)
     picture = Image.open(io.BytesIO(fetched.content))
@@ -232,7 +233,7 @@ def test_link_has_the_name_and_content_type_of_its_format(storage: Storage, v1_4
 
 def refusal(settings: Settings, engine: Engine) -> str:
     job = {"id": "job-3", "input": {"prompt": "a cat", "num_inference_steps": 2}}
-    answer = asyncio.run(Worker(engine, settings).handle(job))
+    answer = asyncio.run(JobHandler(engine, settings).handle(job))
     assert set(answer) == {"error"}
     return answer["error"]
 
@@ -283,19 +284,19 @@ def test_cancelled_job_stores_no_further_picture_and_delays_no_other_job(storage
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(1))
         asked = {"prompt": "a cat", "num_inference_steps": 1}
-        cancelled = asyncio.create_task(worker.handle({"id": "job-9", "input": asked | {"num_images": 4}}))
+        cancelled = asyncio.create_task(job_handler.handle({"id": "job-9", "input": asked | {"num_images": 4}}))
         await loop.run_in_executor(ThreadPoolExecutor(1), barrier.wait, 30)
         cancelled.cancel()
         try:
-            return await asyncio.wait_for(worker.handle({"id": "job-10", "input": asked}), 10)
+            return await asyncio.wait_for(job_handler.handle({"id": "job-10", "input": asked}), 10)
         finally:
             barrier.wait(30)
 
     storage.requests.clear()
     storage.barriers.append(barrier)
-    worker = Worker(v1_4_engine, settings())
+    job_handler = JobHandler(v1_4_engine, settings())
     assert "image_url" in asyncio.run(cancel_during_the_first_upload())
-    finish_uploads(worker)
+    finish_uploads(job_handler)
     assert [put["PATH_INFO"] for put in storage.requests] == [
         "/pictures/job-9/picture-1.png",
         "/pictures/job-10/picture-1.png",
@@ -307,8 +308,8 @@ def test_log_leaves_out_the_signature_of_a_link(
 ):
     monkeypatch.setattr(rp_job.log, "level", "DEBUG")
     asked = {"prompt": "a cat", "num_inference_steps": 1, "num_images": 2}
-    worker = Worker(v1_4_engine, settings())
-    result = asyncio.run(rp_job.run_job(worker.handle, {"id": "job-11", "input": asked}))
+    job_handler = JobHandler(v1_4_engine, settings())
+    result = asyncio.run(rp_job.run_job(job_handler.handle, {"id": "job-11", "input": asked}))
     signatures = [
         image["image_url"].partition("X-Amz-Signature=")[2]
         for image in json.loads(json.dumps(result))["output"]["images"]

@@ -9,11 +9,18 @@ import pytest
 import torch
 
 from builder.demo_model import captions, evaluate, scenes, train
+from src.api.prompt_warnings import NOT_UNDERSTOOD, Vocabulary, vocabulary_warnings
 from src.generation.engine import Engine
-from src.model.demo.vocabulary import NOT_UNDERSTOOD, vocabulary_warnings
+from src.model.checks import read_json
 from src.model.repository import DEMO_MODEL
 from src.schedulers import SCHEDULERS
 from tests.support import engines
+
+VOCABULARY = Vocabulary(**read_json(DEMO_MODEL, "words.json"))
+
+
+def warnings(prompt: str) -> list[str]:
+    return vocabulary_warnings(prompt, VOCABULARY)
 
 
 def generate(engine: Engine, prompt: str, **job_input: object) -> np.ndarray:
@@ -61,7 +68,7 @@ def test_words_file_is_up_to_date():
     ],
 )
 def test_known_prompt_gets_no_warning(prompt: str):
-    assert vocabulary_warnings(prompt) == []
+    assert warnings(prompt) == []
 
 
 @pytest.mark.parametrize(
@@ -77,19 +84,19 @@ def test_known_prompt_gets_no_warning(prompt: str):
     ],
 )
 def test_unknown_prompt_gets_a_warning(prompt: str):
-    assert vocabulary_warnings(prompt) == [NOT_UNDERSTOOD]
+    assert warnings(prompt) == [NOT_UNDERSTOOD]
 
 
 def test_captions_without_filler_are_known_and_nonsense_is_not(monkeypatch: pytest.MonkeyPatch):
     rng = Random(0)
-    assert all(map(vocabulary_warnings, (captions.nonsense(rng) for _ in range(200))))
+    assert all(map(warnings, (captions.nonsense(rng) for _ in range(200))))
     monkeypatch.setattr(captions, "FILLER", ("",))
     scene = (rng.choice([*scenes.LANDSCAPE_SCENES, *scenes.SHAPE_SCENES]) for _ in range(500))
-    assert not any(vocabulary_warnings(captions.caption(each, rng)) for each in scene)
+    assert not any(warnings(captions.caption(each, rng)) for each in scene)
 
 
-def test_only_the_embedded_model_warns_about_its_vocabulary(demo_engine: Engine, v1_4_engine: Engine):
-    for engine, warned in ((demo_engine, [NOT_UNDERSTOOD]), (v1_4_engine, [])):
+def test_only_the_embedded_model_warns_about_its_vocabulary(v1_4_engine: Engine):
+    for engine, warned in ((engines.build("demo"), [NOT_UNDERSTOOD]), (v1_4_engine, [])):
         assert engines.generate(engine, prompt="一座山", num_inference_steps=1).warnings == warned
 
 

@@ -1,11 +1,13 @@
 """Every field of a request reaches the pipeline, the batches, the output and the picture's parameters."""
 
+import functools
 from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import diffusers
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,6 +42,7 @@ class RecordingPipeline:
         self.unet, self.vae_scale_factor = self, 8
         self.calls: list[dict[str, Any]] = []
 
+    @functools.wraps(StableDiffusionPipeline.__call__)
     def __call__(self, *, generator: list[torch.Generator], callback_on_step_end: object, **asked: Any) -> Any:
         seeds = [each.initial_seed() for each in generator]
         self.calls.append(asked | {"seeds": seeds, "scheduler": type(self.scheduler)})

@@ -13,7 +13,7 @@ import requests
 import runpod
 from PIL import Image
 
-from src.model.demo.vocabulary import NOT_UNDERSTOOD
+from src.api.prompt_warnings import NOT_UNDERSTOOD
 from tests.support.client import Client, until
 from tests.support.examples import EXAMPLES, ending_its_job, environment
 from tests.support.platform_stub import Fault, Platform, serving

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from src.schedulers import SCHEDULERS
-from src.startup import import_libraries
+from src.startup import environment
 from src.startup.import_libraries import DEFERRED
 from tests.support import forks
 from tests.support.processes import python
@@ -32,11 +32,11 @@ def test_start_imports_nothing_deferred_and_only_klms_does_later(
         f"{REAL}\n"
         "import handler\n"
         "from src.settings import Settings\n"
-        f"worker = handler.build_worker(Settings(model_id={model_id!r}))\n"
+        f"job_handler = handler.build_job_handler(Settings(model_id={model_id!r}))\n"
         "from src.schedulers import SCHEDULERS\n"
         "from src.api.request import ImageRequest\n"
         "from tests.support.internals import runner_of\n"
-        "runner = runner_of(worker)\n"
+        "runner = runner_of(job_handler)\n"
         "print('start', *real(), 'torch.distributed.tensor' in sys.modules)\n"
         "for name in sorted(SCHEDULERS, key='KLMS'.__eq__):\n"
         "    job_input = {'prompt': 'sea', 'scheduler': name, 'num_inference_steps': 3}\n"
@@ -98,13 +98,13 @@ def test_earlier_import_is_left_alone():
 def test_pytorch_computes_with_as_many_threads_as_the_container_has_cores(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quota: str | None, threads: str | None
 ):
-    monkeypatch.setattr(import_libraries, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(environment, "CPU_QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
     monkeypatch.delenv("OMP_NUM_THREADS")
     if quota:
         (tmp_path / "cpu.max").write_text(f"{quota}\n")
-    import_libraries.set_environment()
+    environment.set_environment()
     assert os.environ.get("OMP_NUM_THREADS") == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    import_libraries.set_environment()
+    environment.set_environment()
     assert os.environ["OMP_NUM_THREADS"] == "7"

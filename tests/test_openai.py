@@ -15,9 +15,10 @@ from PIL import Image
 from src.api import openai
 from src.api.bucket import Bucket
 from src.api.request import ImageRequest, ModelLimits
+from src.errors import JobError
 from src.generation.engine import Engine
+from src.job_handler import JobHandler
 from src.settings import Settings
-from src.worker import Worker
 from tests.support.client import Client
 from tests.support.examples import run
 from tests.support.platform_stub import Platform
@@ -129,7 +130,7 @@ def test_answer_has_links_if_there_is_a_bucket_and_no_file_is_requested(
     )
     body = {"prompt": "a cat", "response_format": wanted} | QUICK
     job = {"id": "1", "input": {"openai_route": openai.IMAGES, "openai_input": body}}
-    (image,) = asyncio.run(Worker(v1_4_engine, settings).handle(job))["data"]
+    (image,) = asyncio.run(JobHandler(v1_4_engine, settings).handle(job))["data"]
     assert set(image) == {"url" if is_link else "b64_json", "seed"}
 
 
@@ -138,7 +139,7 @@ def test_malformed_body_is_logged_and_refused_in_openais_format(
     v1_4_engine: Engine, capsys: pytest.CaptureFixture, body: object
 ):
     job = {"id": "job-1", "input": {"openai_route": openai.IMAGES, "openai_input": body}}
-    error = asyncio.run(Worker(v1_4_engine, Settings()).handle(job))["error"]
+    error = asyncio.run(JobHandler(v1_4_engine, Settings()).handle(job))["error"]
     assert error["type"] == "invalid_request_error"
     assert error["message"].startswith("invalid input: ")
     assert "job-1 | failed: invalid input\n" in capsys.readouterr().out
@@ -179,8 +180,8 @@ def test_request_of_a_known_client_is_accepted(body: dict[str, Any], fields: dic
 
 
 def test_lost_device_is_a_server_error_and_replaces_the_worker():
-    async def lost(*_: object) -> dict[str, Any]:
-        return {"error": "the GPU failed: send the job again", "refresh_worker": True}
+    async def lost(_: object, read_input: object, word_error: openai.WordError) -> dict[str, Any]:
+        return {"error": word_error(JobError("the GPU failed: send the job again")), "refresh_worker": True}
 
     job = {"id": "1", "input": {"openai_route": openai.IMAGES, "openai_input": {"prompt": "a cat"}}}
     assert asyncio.run(openai.answer(job, lost, "demo", False)) == {

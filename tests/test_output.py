@@ -56,6 +56,12 @@ def test_output_of_one_image():
     }
 
 
+def test_blanked_pictures_are_named_after_other_warnings():
+    pictures = [Picture(RED, 5, True), Picture(RED, 6, False)]
+    result = job_output(request(num_images=2), pictures, ["look out"], model_name="demo", max_result_bytes=10**7)
+    assert result["warnings"] == ["look out", "image 1 of 2 (seed 5) was blanked by the safety checker"]
+
+
 def test_output_of_several_images():
     result = output(request(num_images=3), warnings=("look out",))
     images = result.pop("images")

@@ -20,13 +20,13 @@ from runpod.serverless.modules.worker_state import JobsProgress
 
 from src.api.request import ImageRequest
 from src.generation.engine import Engine
+from src.job_handler import KEPT_ANSWERS, JobHandler
 from src.serving.delivery import Outage, Timing
 from src.serving.heartbeat import QuietLog
 from src.serving.taken_jobs import Job as TakenJob
 from src.serving.taken_jobs import read_jobs
 from src.serving.worker_loop import MAX_REMEMBERED, Handler, WorkerLoop
 from src.settings import Settings
-from src.worker import KEPT_ANSWERS, Worker
 from tests.support import engines, internals
 from tests.support.client import Client, receiver, results, until
 from tests.support.platform_stub import ENDPOINT, Fault, Platform, serving
@@ -216,7 +216,7 @@ def test_burst_of_alike_jobs_shares_batches(stub: Platform, demo_engine: Engine,
         assert {client.finished(job)["status"] for job in jobs} == {"COMPLETED"}
 
     monkeypatch.setattr(runner, "run", count)
-    work(Worker(demo_engine, Settings()).handle, clients)
+    work(JobHandler(demo_engine, Settings()).handle, clients)
     assert sum(batches) == 8
     assert len(batches) <= 3
 
@@ -357,7 +357,7 @@ def test_job_delivered_again_while_its_cancellation_is_answered_starts_anew(stub
         assert len(results(stub, job)) == 1
 
     stub.poll_seconds = 0.1
-    work(Worker(demo_engine, Settings(), last_report_is_late).handle, clients)
+    work(JobHandler(demo_engine, Settings(), last_report_is_late).handle, clients)
 
 
 def test_answer_whose_cancellation_takes_long_is_not_taken_for_the_one_that_replaced_it(
@@ -374,7 +374,7 @@ def test_answer_whose_cancellation_takes_long_is_not_taken_for_the_one_that_repl
         return {}
 
     async def delivery() -> asyncio.Task:
-        handling = asyncio.create_task(worker.handle({"id": "job-1", "input": {}}))
+        handling = asyncio.create_task(job_handler.handle({"id": "job-1", "input": {}}))
         # more than enough for all tasks to run as far as they can
         for _ in range(10):
             await asyncio.sleep(0)
@@ -392,7 +392,7 @@ def test_answer_whose_cancellation_takes_long_is_not_taken_for_the_one_that_repl
         await asyncio.gather(replaced, again)
         assert len(begun) == 2
 
-    worker = Worker(demo_engine, Settings())
+    job_handler = JobHandler(demo_engine, Settings())
     internals.replace_answer(monkeypatch, answer)
     asyncio.run(deliver())
 
@@ -403,7 +403,7 @@ def test_many_jobs_that_end_together_are_answered_and_the_last_good_answers_kept
     answered = list[str]()
     complaints = list[dict[str, Any]]()
 
-    async def answer(self: Worker, job: dict[str, Any], *_: object) -> dict[str, Any]:
+    async def answer(self: JobHandler, job: dict[str, Any], *_: object) -> dict[str, Any]:
         answered.append(job["id"])
         await together.wait()
         return {"image": ""} if int(job["id"]) % 2 else {"error": ""}
@@ -411,15 +411,15 @@ def test_many_jobs_that_end_together_are_answered_and_the_last_good_answers_kept
     async def deliver() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
         jobs = [{"id": f"{i}", "input": {}} for i in range(6 * KEPT_ANSWERS)]
-        handling = [asyncio.create_task(worker.handle(job)) for job in jobs]
+        handling = [asyncio.create_task(job_handler.handle(job)) for job in jobs]
         await asyncio.sleep(0)
         together.set()
         await asyncio.gather(*handling)
         for job in jobs[1::2][-KEPT_ANSWERS:]:
-            await worker.handle(job)
+            await job_handler.handle(job)
         assert len(answered) == len(jobs)
 
-    together, worker = asyncio.Event(), Worker(demo_engine, Settings())
+    together, job_handler = asyncio.Event(), JobHandler(demo_engine, Settings())
     internals.replace_answer(monkeypatch, answer)
     asyncio.run(deliver())
     assert complaints == []

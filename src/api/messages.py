@@ -1,4 +1,4 @@
-"""Words pydantic's errors about a request for the client."""
+"""Words errors for the client: pydantic's about a request, and the device's about its size."""
 
 import difflib
 from collections.abc import Iterable
@@ -26,8 +26,8 @@ OTHER_NAMES = {
 """Names that web UIs and other workers use, too different from ours for fuzzy matching."""
 
 
-def describe_errors(errors: list[ErrorDetails], fields: Iterable[str]) -> str:
-    """Describes all errors in one line, at most ``MAX_REPORTED_ERRORS`` of them.
+def describe_errors(errors: list[ErrorDetails], fields: Iterable[str]) -> list[str]:
+    """Describes each error, at most ``MAX_REPORTED_ERRORS`` of them.
 
     Args:
         errors: from ``ValidationError.errors()``.
@@ -36,7 +36,7 @@ def describe_errors(errors: list[ErrorDetails], fields: Iterable[str]) -> str:
     messages = [_describe(error, list(fields)) for error in errors[:MAX_REPORTED_ERRORS]]
     if len(errors) > len(messages):
         messages.append(f"and {len(errors) - len(messages)} more")
-    return "; ".join(messages)
+    return messages
 
 
 def kind_of(value: object) -> str:
@@ -97,3 +97,9 @@ def _nearest_field(name: str, fields: list[str]) -> str | None:
     if len(with_these_words) == 1:
         return with_these_words[0]
     return next(iter(difflib.get_close_matches(name, fields, n=1, cutoff=0.75)), None)
+
+
+def does_not_fit(width: int, height: int, native_size: int) -> str:
+    """Says that an image of this size, in pixels, does not fit in memory even alone, and what to ask for instead."""
+    instead = f"{native_size} x {native_size}" if width * height > native_size**2 else "a smaller one"
+    return f"an image of {width} x {height} did not fit in GPU memory: ask for {instead}"

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from src.errors import INVALID_INPUT, JobError, shortened
+from src.errors import InvalidInput, JobError, shortened
 
 IMAGES, MODELS = "/v1/images/generations", "/v1/models"
 """The supported routes."""
@@ -21,19 +21,21 @@ WITHOUT_EFFECT = {"background", "model", "moderation", "quality", "safety_identi
 
 ReadInput = Callable[[object], tuple[object, bool]]
 """Takes a job's input; returns that of an ``ImageRequest``, and whether its pictures may go to the bucket."""
-Answer = Callable[[dict[str, Any], ReadInput], Awaitable[dict[str, Any]]]
-"""Takes a job and how to read its input; returns the job's output or ``error``."""
+WordError = Callable[[JobError], Any]
+"""Returns the ``error`` of a failed job."""
+Answer = Callable[[dict[str, Any], ReadInput, WordError], Awaitable[dict[str, Any]]]
+"""Takes a job, how to read its input and how to word its error; returns the job's output or ``error``."""
 
 
 async def answer(job: dict[str, Any], answer_job: Answer, model_name: str, has_bucket: bool) -> dict[str, Any]:
     """Answers a job that came through OpenAI's API in that API's shape, and any other with ``answer_job``."""
     if not is_call(job):
-        return await answer_job(job, lambda job_input: (job_input, True))
+        return await answer_job(job, lambda job_input: (job_input, True), str)
     if job["input"]["openai_route"] == MODELS:
         return {"object": "list", "data": [{"id": model_name, "object": "model", "created": 0, "owned_by": "runpod"}]}
-    output = await answer_job(job, partial(read_input, has_bucket=has_bucket))
+    output = await answer_job(job, partial(read_input, has_bucket=has_bucket), word_error)
     if "error" in output:
-        return output | {"error": error(output["error"])}
+        return output
     return {
         "created": int(time.time()),
         "data": [_image(image) for image in output.get("images", [output])],
@@ -51,24 +53,24 @@ def read_input(call: Any, has_bucket: bool) -> tuple[object, bool]:
     """Converts the input of a job that came through OpenAI's API, as a ``ReadInput``.
 
     Raises:
-        JobError: if the route is none of the supported ones, or if ``size`` or ``response_format`` is invalid.
+        InvalidInput: if the route is none of the supported ones, or if ``size`` or ``response_format`` is invalid.
     """
     if call["openai_route"] != IMAGES:
-        raise JobError(f"{INVALID_INPUT}no such route, there are {IMAGES} and {MODELS}")
+        raise InvalidInput(f"no such route, there are {IMAGES} and {MODELS}")
     body = call.get("openai_input")
     if not isinstance(body, dict):
         return body, False
     wanted = body.get("response_format")
     if wanted not in (None, "b64_json", "url") or (wanted == "url" and not has_bucket):
         allowed = "b64_json or url" if has_bucket else "b64_json, since this endpoint has no bucket"
-        raise JobError(f"{INVALID_INPUT}response_format: must be {allowed}, got {shortened(wanted)}")
+        raise InvalidInput(f"response_format: must be {allowed}, got {shortened(wanted)}")
     no_fields = WITHOUT_EFFECT | {"response_format", "size"}
     fields = {NAMES.get(name, name): value for name, value in body.items() if name not in no_fields}
     size = body.get("size")
     if size not in (None, "auto"):
         match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size) if isinstance(size, str) else None
         if not match:
-            raise JobError(f"{INVALID_INPUT}size: must be auto or such as 512x512, got {shortened(size)}")
+            raise InvalidInput(f"size: must be auto or such as 512x512, got {shortened(size)}")
         fields |= {"width": int(match[1]), "height": int(match[2])}
     return fields, wanted != "b64_json"
 
@@ -78,19 +80,18 @@ def _image(image: dict[str, Any]) -> dict[str, Any]:
     return file | {"seed": image["seed"]}
 
 
-def error(message: str) -> dict[str, Any]:
-    """Converts a job's error to OpenAI's shape, with OpenAI's names of the fields."""
-    is_invalid = message.startswith(INVALID_INPUT)
-    if is_invalid:
+def word_error(error: JobError) -> dict[str, Any]:
+    """Puts a job's error into OpenAI's shape, with OpenAI's names of the fields."""
+    message, fields = str(error), list[str]()
+    if isinstance(error, InvalidInput):
         theirs = {ours: name for name, ours in NAMES.items()} | {"width": "size", "height": "size"}
-        faults = message.removeprefix(INVALID_INPUT).split("; ")
-        renamed = [re.sub(r"^\w+(?=: )", lambda name: theirs.get(name[0], name[0]), fault) for fault in faults]
+        renamed = [re.sub(r"^\w+(?=: )", lambda name: theirs.get(name[0], name[0]), fault) for fault in error.faults]
         # one value of size can be wrong for both width and height
-        message = INVALID_INPUT + "; ".join(dict.fromkeys(renamed))
-    field = re.match(rf"{INVALID_INPUT}(\w+): ", message)
+        message = str(InvalidInput(*dict.fromkeys(renamed)))
+        fields = re.findall(r"^\w+(?=: )", renamed[0])
     return {
         "message": message,
-        "type": "invalid_request_error" if is_invalid else "server_error",
-        "param": field[1] if field else None,
+        "type": "invalid_request_error" if isinstance(error, InvalidInput) else "server_error",
+        "param": fields[0] if fields else None,
         "code": None,
     }

@@ -8,10 +8,10 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from src.api.picture import Picture, encode, parameters
-from src.api.request import ImageRequest, Mark, OutputFormat
+from src.api.request import ImageRequest, OutputFormat
 from src.errors import JobError
 
-SHARED_FIELDS = ImageRequest.fields_without(Mark.PER_IMAGE)
+SHARED_FIELDS = ImageRequest.shared_fields()
 
 
 class OutputImage(TypedDict):
@@ -84,7 +84,7 @@ def job_output(
     Args:
         request: the job's request.
         pictures: the generated pictures, in the order of the seeds.
-        warnings: for the client; left out if empty.
+        warnings: for the client, beside those about blanked pictures.
         model_name: the name that clients see.
         max_result_bytes: the largest result that the platform accepts, in bytes.
         links: where each picture is stored; without links, the output holds the pictures.
@@ -102,7 +102,7 @@ def job_output(
     shared = {name: getattr(request, name) for name in SHARED_FIELDS} | {"model": model_name}
     if request.output_format != "png":
         shared["output_format"] = request.output_format
-    if warnings:
+    if warnings := warnings + _safety_warnings(pictures):
         shared["warnings"] = warnings
     output = {**images[0], **shared} if len(images) == 1 else {"images": images, **shared}
     size = len(json.dumps({"output": output}))
@@ -113,3 +113,11 @@ def job_output(
             f"ask for fewer or smaller images, for {way_out}, or have a bucket set up for the endpoint"
         )
     return output
+
+
+def _safety_warnings(pictures: list[Picture]) -> list[str]:
+    return [
+        f"image {i} of {len(pictures)} (seed {picture.seed}) was blanked by the safety checker"
+        for i, picture in enumerate(pictures, start=1)
+        if picture.nsfw
+    ]

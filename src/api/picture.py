@@ -9,7 +9,7 @@ from typing import get_args
 from PIL import ExifTags, Image, TiffTags, WebPImagePlugin  # noqa: F401
 from PIL.PngImagePlugin import PngInfo
 
-from src.api.request import ImageRequest, Mark, OutputFormat
+from src.api.request import ImageRequest, OutputFormat
 
 NAMED_FIELDS = {"width", "height", "num_inference_steps", "guidance_scale", "scheduler"}
 """Fields that Stable Diffusion tools have their own names for in a picture's parameters."""
@@ -39,7 +39,7 @@ def parameters(request: ImageRequest, seed: int, model_name: str) -> str:
         "Seed": seed,
         "Size": f"{request.width}x{request.height}",
     }
-    for name in ImageRequest.fields_without(Mark.PER_IMAGE):
+    for name in ImageRequest.shared_fields():
         value = getattr(request, name)
         if name not in NAMED_FIELDS and value != ImageRequest.model_fields[name].default:
             values[name.replace("_", " ").capitalize()] = value

@@ -4,7 +4,6 @@ import math
 import re
 import secrets
 from dataclasses import dataclass
-from enum import Enum, auto
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -24,7 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from src.api.messages import describe_errors, kind_of
-from src.errors import INVALID_INPUT, JobError, printable, shortened
+from src.errors import InvalidInput, printable, shortened
 from src.schedulers import SCHEDULERS
 
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -62,13 +61,8 @@ class ModelLimits:
     """Of the model's own scheduler: LCM and TCD can do no more than they were distilled from."""
 
 
-class Mark(Enum):
-    """Exceptions: most fields are shared by a batch, and passed to the pipeline under their own names."""
-
-    PER_IMAGE = auto()
-    """The images of one batch may differ in it."""
-    NOT_AN_ARGUMENT = auto()
-    """The pipeline has no argument of its name."""
+class PerImage:
+    """Marks a field in which the images of one batch may differ. A batch shares all others."""
 
 
 def _whole_number(value: object) -> object:
@@ -105,29 +99,25 @@ class ImageRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prompt: Annotated[Text, Mark.PER_IMAGE] = Field(description="What to generate")
-    negative_prompt: Annotated[Text, Mark.PER_IMAGE] = Field("", description="What to keep out of the picture")
+    prompt: Annotated[Text, PerImage] = Field(description="What to generate")
+    negative_prompt: Annotated[Text, PerImage] = Field("", description="What to keep out of the picture")
     width: Integer = Field(ge=MIN_SIZE, multiple_of=8, description="In pixels; by default the model's native size")
     height: Integer = Field(ge=MIN_SIZE, multiple_of=8, description="In pixels; by default the model's native size")
     num_inference_steps: Integer = Field(50, ge=1, le=MAX_STEPS, description="Denoising steps")
     guidance_scale: Number = Field(7.5, ge=0, le=MAX_GUIDANCE, description="How closely to follow the prompt")
-    seed: Annotated[Integer, Mark.PER_IMAGE, Mark.NOT_AN_ARGUMENT] = Field(
+    seed: Annotated[Integer, PerImage] = Field(
         RANDOM_SEED,
         validate_default=True,
         ge=RANDOM_SEED,
         le=MAX_SEED,
         description="Seed of the first image; image i uses seed + i; -1 draws one below 2^32",
     )
-    num_images: Annotated[Integer, Mark.PER_IMAGE, Mark.NOT_AN_ARGUMENT] = Field(
-        1, ge=1, le=MAX_IMAGES, description="Number of images"
-    )
-    output_format: Annotated[OutputFormat, Mark.PER_IMAGE, Mark.NOT_AN_ARGUMENT] = Field(
-        "png", description="The picture's file format"
-    )
-    output_quality: Annotated[Integer, Mark.PER_IMAGE, Mark.NOT_AN_ARGUMENT] = Field(
+    num_images: Annotated[Integer, PerImage] = Field(1, ge=1, le=MAX_IMAGES, description="Number of images")
+    output_format: Annotated[OutputFormat, PerImage] = Field("png", description="The picture's file format")
+    output_quality: Annotated[Integer, PerImage] = Field(
         90, ge=1, le=100, description="Quality of `jpeg` and `webp`; `png` loses nothing"
     )
-    scheduler: Annotated[str, Mark.NOT_AN_ARGUMENT] = Field(description="Sampler; by default the model's own")
+    scheduler: str = Field(description="Sampler; by default the model's own")
 
     @classmethod
     def parse(cls, job_input: object, limits: ModelLimits) -> Self:
@@ -138,28 +128,28 @@ class ImageRequest(BaseModel):
             limits: the model's defaults and bounds.
 
         Raises:
-            JobError: listing every fault.
+            InvalidInput: listing every fault.
         """
         if not isinstance(job_input, dict):
-            raise JobError(f'{INVALID_INPUT}must be an object such as {{"prompt": "..."}}, got {kind_of(job_input)}')
+            raise InvalidInput(f'must be an object such as {{"prompt": "..."}}, got {kind_of(job_input)}')
         unknown = len(job_input.keys() - cls.model_fields.keys())
         if unknown > len(cls.model_fields):
             # with a million of them, pydantic would block the event loop for seconds
-            raise JobError(f"{INVALID_INPUT}{unknown:,} unknown fields, there are only {', '.join(cls.model_fields)}")
+            raise InvalidInput(f"{unknown:,} unknown fields, there are only {', '.join(cls.model_fields)}")
         try:
             return cls.model_validate(job_input, context=limits)
         except ValidationError as error:
-            raise JobError(f"{INVALID_INPUT}{describe_errors(error.errors(), cls.model_fields)}") from None
+            raise InvalidInput(*describe_errors(error.errors(), cls.model_fields)) from None
 
     @classmethod
-    def fields_without(cls, mark: Mark) -> list[str]:
-        """The names of the fields without ``mark``."""
-        return [name for name, field in cls.model_fields.items() if mark not in field.metadata]
+    def shared_fields(cls) -> list[str]:
+        """The names of the fields that all images of a batch share."""
+        return [name for name, field in cls.model_fields.items() if PerImage not in field.metadata]
 
     @property
     def batch_key(self) -> tuple[object, ...]:
         """Requests with the same key can share a batch."""
-        return tuple(getattr(self, name) for name in self.fields_without(Mark.PER_IMAGE))
+        return tuple(getattr(self, name) for name in self.shared_fields())
 
     @property
     def seeds(self) -> list[int]:

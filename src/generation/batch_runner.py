@@ -13,17 +13,22 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from src.api.picture import Picture
-from src.api.request import MAX_STEPS, ImageRequest, Mark, ModelLimits
+from src.api.prompt_warnings import Vocabulary, truncation_warning, vocabulary_warnings
+from src.api.request import MAX_STEPS, ImageRequest, ModelLimits
 from src.errors import JobError
 from src.generation.cuda_graphs import GraphedStep
-from src.model.demo.vocabulary import vocabulary_warnings
 from src.schedulers import SCHEDULERS, TRAINED
-from src.settings import DEMO_MODEL_ID
 
-ARGUMENTS = ImageRequest.fields_without(Mark.NOT_AN_ARGUMENT)
-SHARED = ImageRequest.fields_without(Mark.PER_IMAGE)
+SHARED = ImageRequest.shared_fields()
 
-PRODUCED_NAN = "the model produced NaN instead of a picture: try another seed, scheduler or a lower guidance_scale"
+
+class NotFinite(JobError):
+    """The model produced NaN."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model produced NaN instead of a picture: try another seed, scheduler or a lower guidance_scale"
+        )
 
 
 class BatchRunner:
@@ -33,10 +38,20 @@ class BatchRunner:
         pipe: loaded, on its device.
         model_name: the name that clients see.
         graphs: the UNet's CUDA graphs, if they are used.
+        vocabulary: the words that the model knows, if they are few.
     """
 
-    def __init__(self, pipe: StableDiffusionPipeline, model_name: str, graphs: GraphedStep | None = None) -> None:
+    def __init__(
+        self,
+        pipe: StableDiffusionPipeline,
+        model_name: str,
+        graphs: GraphedStep | None = None,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
         self._pipe = pipe
+        parameters = inspect.signature(pipe.__call__).parameters
+        self._arguments = [name for name in ImageRequest.model_fields if name in parameters]
+        self._vocabulary = vocabulary
         self._graphs = graphs
         kind = type(pipe.scheduler).__name__
         self._own_scheduler = next((name for name, each in SCHEDULERS.items() if each.class_name == kind), kind)
@@ -70,7 +85,7 @@ class BatchRunner:
             generated = self._pipe(
                 **{
                     name: getattr(shared, name) if name in SHARED else [getattr(request, name) for request in requests]
-                    for name in ARGUMENTS
+                    for name in self._arguments
                 },
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="pt",
@@ -86,7 +101,7 @@ class BatchRunner:
         pixels, finite = _to_host(generated.images)
         blanked = generated.nsfw_content_detected or [None] * len(seeds)
         return [
-            Picture(Image.fromarray(image), seed, nsfw) if is_finite else JobError(PRODUCED_NAN)
+            Picture(Image.fromarray(image), seed, nsfw) if is_finite else NotFinite()
             for image, is_finite, seed, nsfw in zip(pixels, finite, seeds, blanked, strict=True)
         ]
 
@@ -97,15 +112,12 @@ class BatchRunner:
         torch.cuda.empty_cache()
 
     def prompt_warnings(self, request: ImageRequest) -> list[str]:
-        """Warns about text beyond the token limit, and about words unknown to the demo model."""
-        warnings = vocabulary_warnings(request.prompt) if self.model_name == DEMO_MODEL_ID else []
+        """Warns about text beyond the token limit, and about words that the model does not know."""
+        warnings = vocabulary_warnings(request.prompt, self._vocabulary) if self._vocabulary else []
         for name in ("prompt", "negative_prompt"):
-            text, max_tokens = getattr(request, name), self._pipe.tokenizer.model_max_length
-            spans = self._pipe.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-            if len(spans) > max_tokens:
-                # the last position holds the end token
-                rest = text[spans[max_tokens - 1][0] :]
-                warnings.append(f'{name}: longer than {max_tokens} tokens, this part was not used: "{rest}"')
+            text, tokenizer = getattr(request, name), self._pipe.tokenizer
+            starts = [begin for begin, _ in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]
+            warnings += truncation_warning(name, text, starts, tokenizer.model_max_length)
         return warnings
 
     def _new_scheduler(self, name: str) -> Any:

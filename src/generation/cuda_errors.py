@@ -4,7 +4,6 @@ import sys
 import traceback
 from collections.abc import Iterator
 
-from src.api.request import ImageRequest, ModelLimits
 from src.errors import JobError
 
 OUT_OF_MEMORY = (
@@ -73,15 +72,6 @@ def release_frames(error: BaseException) -> None:
 def device_fault(cause: BaseException) -> JobError:
     """The error for every job that the worker holds when the device is lost."""
     fault = JobError("the GPU failed and this worker is being replaced: send the job again", refresh_worker=True)
-    fault.__cause__ = cause
-    return fault
-
-
-def does_not_fit(request: ImageRequest, limits: ModelLimits, cause: BaseException) -> JobError:
-    """The error for a request whose images do not fit in memory even one at a time."""
-    native = limits.native_size
-    instead = f"{native} x {native}" if request.width * request.height > native**2 else "a smaller one"
-    fault = JobError(f"an image of {request.width} x {request.height} did not fit in GPU memory: ask for {instead}")
     fault.__cause__ = cause
     return fault
 

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Protocol
 
+from src.api.messages import does_not_fit
 from src.api.picture import Picture
 from src.api.request import ImageRequest, ModelLimits
 from src.errors import JobError
@@ -162,7 +163,9 @@ class Engine:
             self._runner.release_memory()
             request = batch[0].request
             if len(batch) == 1:
-                batch[0].pending.fail(cuda_errors.does_not_fit(request, self.limits, error))
+                fault = JobError(does_not_fit(request.width, request.height, self.limits.native_size))
+                fault.__cause__ = error
+                batch[0].pending.fail(fault)
                 return []
             self._fitting_images[request.width, request.height] = len(batch) - 1
             return _halves(batch)

@@ -50,7 +50,7 @@ class PendingRequest:
         pictures = [self.pictures[seed] for seed in self.request.seeds]
         with self._lock:
             if self._is_wanted():
-                self.result.set_result(GenerationResult(pictures, warnings + _safety_warnings(pictures)))
+                self.result.set_result(GenerationResult(pictures, warnings))
 
     def fail(self, error: Exception) -> None:
         with self._lock:
@@ -71,11 +71,3 @@ class PendingImage:
     @property
     def request(self) -> ImageRequest:
         return self.pending.request
-
-
-def _safety_warnings(pictures: list[Picture]) -> list[str]:
-    return [
-        f"image {i} of {len(pictures)} (seed {picture.seed}) was blanked by the safety checker"
-        for i, picture in enumerate(pictures, start=1)
-        if picture.nsfw
-    ]

@@ -1,7 +1,7 @@
 """Finds a model's files."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +54,8 @@ class Repository:
     """The commit, if it is known."""
     weights: Mapping[str, str]
     """The weight file to load for each component."""
+    words: Mapping[str, Collection[str]] | None = None
+    """Of a model that knows only a few words: those that it can draw, and those that it has learned to ignore."""
 
     def __str__(self) -> str:
         return self.name + (f" at {self.revision[:12]}" if self.revision else "")
@@ -97,7 +99,8 @@ def find_local(settings: Settings) -> Repository | None:
     """
     model_id = choose_model(settings)
     if model_id == DEMO_MODEL_ID:
-        return Repository(DEMO_MODEL, "embedded", DEMO_MODEL_ID, None, _check(DEMO_MODEL, settings))
+        words = checks.read_json(DEMO_MODEL, "words.json")
+        return Repository(DEMO_MODEL, "embedded", DEMO_MODEL_ID, None, _check(DEMO_MODEL, settings), words)
     local = Path(model_id).expanduser()
     with naming(settings):
         if local.is_dir():

@@ -7,7 +7,24 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from enum import Enum, auto
 from typing import Any
+
+
+class Mode(Enum):
+    """What the process is started for."""
+
+    PLATFORM = auto()
+    """To take jobs from RunPod."""
+    POD = auto()
+    """To serve HTTP on a RunPod Pod, where no jobs arrive."""
+    LOCAL_SERVER = auto()
+    """To serve HTTP on this machine."""
+    ONE_JOB = auto()
+    """To run one job on this machine."""
+    CHECK = auto()
+    """To start, and exit."""
+
 
 LOG_LEVELS = ("ERROR", "WARN", "INFO", "DEBUG", "TRACE", "NOTSET")
 
@@ -15,6 +32,20 @@ LOG_LEVELS = ("ERROR", "WARN", "INFO", "DEBUG", "TRACE", "NOTSET")
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line; ends the process if it is invalid or asks for help."""
     return _parser().parse_args(arguments)
+
+
+def choose_mode(arguments: argparse.Namespace) -> Mode:
+    from src.settings import on_pod, on_runpod
+
+    if arguments.check:
+        return Mode.CHECK
+    if arguments.rp_serve_api:
+        return Mode.LOCAL_SERVER
+    if arguments.test_input is not None:
+        return Mode.ONE_JOB
+    if on_runpod():
+        return Mode.PLATFORM
+    return Mode.POD if on_pod() else Mode.ONE_JOB
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -38,7 +38,7 @@ class Timing:
     early_stop: float = 60.0  # a stop signal that arrives before its job is remembered
 
 
-class Refusal(Exception):
+class Rejected(Exception):
     """A status that the platform sent. aiohttp's errors have one too, such as 400 for an answer that is not HTTP."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
@@ -91,7 +91,7 @@ async def deliver(
             await post(session, job_id, body, timing.result_timeout)
             break
         except Exception as error:
-            if (isinstance(error, Refusal) and error.is_final) or time.monotonic() > give_up:
+            if (isinstance(error, Rejected) and error.is_final) or time.monotonic() > give_up:
                 log.error(f"the result is lost: {_reason(error)}", job_id)
                 return
             pause = sending.failed(error)
@@ -112,7 +112,7 @@ async def post(session: aiohttp.ClientSession, job_id: str, body: bytes, timeout
     limits = aiohttp.ClientTimeout(timeout, sock_connect=CONNECT_TIMEOUT, sock_read=SILENCE_TIMEOUT)
     async with session.post(url, data=body, headers=headers, timeout=limits, allow_redirects=False) as response:
         if not 200 <= response.status < 300:
-            raise Refusal(response)
+            raise Rejected(response)
 
 
 def _reason(error: Exception) -> str:

@@ -43,7 +43,7 @@ def refuse_to_start(error: Exception, *, takes_jobs: bool) -> NoReturn:
 def _answer_jobs(reason: str) -> None:
     async def handle(job: dict[str, Any]) -> dict[str, Any]:
         message = f"this endpoint cannot start: {reason}"
-        return {"error": openai.error(message) if openai.is_call(job) else message}
+        return {"error": openai.word_error(JobError(message)) if openai.is_call(job) else message}
 
     def repeat() -> None:
         while True:
@@ -51,7 +51,7 @@ def _answer_jobs(reason: str) -> None:
             log.error(f"the worker cannot start: {reason}")
 
     threading.Thread(target=repeat, daemon=True).start()
-    worker_loop.start(handle, Settings().max_concurrency)
+    worker_loop.serve(handle, Settings().max_concurrency)
 
 
 def _report_unhealthy(error: Exception) -> None:

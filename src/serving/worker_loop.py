@@ -27,9 +27,9 @@ from runpod.serverless.modules import rp_job, rp_scale
 from runpod.serverless.modules.rp_logger import _set_batch_id
 from runpod.serverless.modules.worker_state import JobsProgress
 
-from src.errors import INVALID_INPUT
+from src.errors import InvalidInput
 from src.serving import heartbeat, log_output
-from src.serving.delivery import CONNECT_TIMEOUT, Outage, Refusal, Timing, deliver
+from src.serving.delivery import CONNECT_TIMEOUT, Outage, Rejected, Timing, deliver
 from src.serving.taken_jobs import Job, read_body, read_jobs
 
 MAX_REMEMBERED = 1000  # ids of jobs that have ended, and of jobs that were stopped before they came
@@ -39,7 +39,7 @@ log = runpod.RunPodLogger()
 Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
-def start(handle: Handler, max_concurrency: int) -> None:
+def serve(handle: Handler, max_concurrency: int) -> None:
     """Has the SDK call ``handle`` for each job. Returns when a local server stops; on the platform, never."""
     rp_scale.JobScaler = WorkerLoop
     heartbeat.install()
@@ -104,7 +104,7 @@ class WorkerLoop:
             limits = aiohttp.ClientTimeout(self._timing.poll_timeout, sock_connect=CONNECT_TIMEOUT)
             async with self._session.get(url, timeout=limits, allow_redirects=False) as response:
                 if response.status not in (200, 204, 400):  # 400 comes with FlashBoot, says the SDK
-                    raise Refusal(response)
+                    raise Rejected(response)
                 if response.status == 200 and (body := await read_body(response)):
                     found = await read(body)
         except Exception as error:
@@ -128,7 +128,7 @@ class WorkerLoop:
     async def _work(self, job: Job) -> None:
         _set_batch_id(job.fields.get("batchId"))
         if job.fault:
-            result = {"error": f"{INVALID_INPUT}{job.fault}"}
+            result = {"error": str(InvalidInput(job.fault))}
             log.warn("failed: invalid input", job.id)
         else:
             result = await rp_job.run_job(self._handler, job.fields)

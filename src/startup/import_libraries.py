@@ -7,50 +7,17 @@ transformers 5.23 and runpod 1.12; it can go when they import less.
 
 import gc
 import importlib
-import logging
-import math
-import os
 import sys
 import threading
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, spec_from_loader
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from src.startup import prefetch
-
-ENVIRONMENT = {
-    # the SDK's default, DEBUG, logs prompts and pictures
-    "RUNPOD_LOG_LEVEL": "INFO",
-    # the warm-up picture already exercises GPU, driver and memory; the SDK's own checks would only delay the first job
-    "RUNPOD_SKIP_GPU_CHECK": "true",
-    "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
-    # transformers warns at every import of optional packages that are not installed
-    "TRANSFORMERS_VERBOSITY": "error",
-}
-"""Defaults of the libraries' environment variables, most of which are read at import."""
-
-
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""What a container may use of its host's cores (cgroup v2): microseconds of CPU time, and of which period."""
-
-
-def set_environment() -> None:
-    """Sets those variables of ``ENVIRONMENT`` that are not set, and how many threads PyTorch computes with on the CPU.
-
-    By itself PyTorch takes as many as the host has cores, which a container with a quota cannot run at once.
-    """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    # no such file, or "max"
-    with suppress(OSError, ValueError):
-        quota, period = map(int, CPU_QUOTA.read_text().split())
-        cores = min(len(os.sched_getaffinity(0)), math.ceil(quota / period))
-        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+from src.startup.environment import quieten_libraries, set_environment
 
 
 def import_libraries(imported: Callable[[str], None] = lambda library: None, *, eager: Collection[str] = ()) -> None:
@@ -79,24 +46,10 @@ def import_libraries(imported: Callable[[str], None] = lambda library: None, *, 
     import runpod  # noqa: F401
 
     imported("import runpod")
-    _quieten()
+    quieten_libraries()
     kernels.join()
     gc.freeze()
     gc.enable()
-
-
-def _quieten() -> None:
-    """Keeps the log to the worker's own lines and the libraries' errors."""
-    import diffusers
-    import huggingface_hub
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity(logging.ERROR)
-    # importing the SDK turns on every library's INFO lines: several for each file of a download
-    logging.getLogger().setLevel(logging.WARNING)
 
 
 def _defer_distributed() -> None:

@@ -41,7 +41,7 @@ def baseline(model: str, done: Callable[[str], None]) -> None:
 
 
 def worker(model: str, done: Callable[[str], None]) -> None:
-    """What ``handler.build_worker`` does, in float16 on a CPU too."""
+    """What ``handler.build_job_handler`` does, in float16 on a CPU too."""
     import handler
     from src.model import repository
     from src.settings import Settings
@@ -56,7 +56,7 @@ def worker(model: str, done: Callable[[str], None]) -> None:
     import_libraries(done)
     import torch
 
-    from src.worker import Worker  # noqa: F401
+    from src.job_handler import JobHandler  # noqa: F401
 
     done("the worker's own imports")
     engine = handler.build_engine(settings, torch.float16, found=found)

@@ -12,6 +12,7 @@ device's measured matrix rate), and what to set on this device.
 
 import argparse
 import asyncio
+import functools
 import gc
 import os
 import tempfile
@@ -83,6 +84,7 @@ class TimedPipeline(StableDiffusionPipeline):
 
     calls: ClassVar[list[tuple[Any, Any]]] = []
 
+    @functools.wraps(StableDiffusionPipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         begun = timestamp()
         generated = super().__call__(*args, **kwargs)

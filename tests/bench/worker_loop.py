@@ -30,10 +30,10 @@ from src.api.request import ImageRequest, ModelLimits
 from src.errors import JobError
 from src.generation.engine import Engine
 from src.generation.pending import Progress
-from src.serving.worker_loop import start
+from src.job_handler import JobHandler
+from src.serving import worker_loop
 from src.settings import Settings
-from src.startup.import_libraries import ENVIRONMENT
-from src.worker import Worker
+from src.startup.environment import ENVIRONMENT
 from tests.support.client import Client, until
 from tests.support.platform_stub import Platform, serving
 
@@ -84,7 +84,7 @@ def serve(kind: str, seconds: float) -> None:
     if kind == "plain":
         runpod.serverless.start({"handler": plain})
     else:
-        start(Worker(engine, settings).handle, settings.max_concurrency)
+        worker_loop.serve(JobHandler(engine, settings).handle, settings.max_concurrency)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """``handler.py`` with a pipeline that fails, or is slow, when a prompt or an environment variable tells it to."""
 
+import functools
 import os
 import socket
 import threading
@@ -30,6 +31,7 @@ def main() -> None:
     from src.model import loading
 
     class FaultyPipeline(StableDiffusionPipeline):
+        @functools.wraps(StableDiffusionPipeline.__call__)
         def __call__(self, prompt: list[str], **kwargs: Any) -> Any:
             if "out of memory" in prompt or ("needs a call alone" in prompt and len(prompt) > 1):
                 raise torch.OutOfMemoryError(f"CUDA out of memory {SECRETS}")

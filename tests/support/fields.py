@@ -4,7 +4,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from src.api.request import MAX_SEED, ImageRequest, Mark, ModelLimits
+from src.api.request import MAX_SEED, ImageRequest, ModelLimits
 from src.schedulers import SCHEDULERS
 
 LIMITS = ModelLimits(native_size=64, max_size=128, scheduler="PNDM")
@@ -27,7 +27,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "scheduler": st.sampled_from([*SCHEDULERS]),
 }
 
-PER_IMAGE = set(FIELDS) - set(ImageRequest.fields_without(Mark.PER_IMAGE))
+PER_IMAGE = set(FIELDS) - set(ImageRequest.shared_fields())
 
 
 @st.composite

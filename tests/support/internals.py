@@ -15,20 +15,20 @@ from runpod.serverless.modules import rp_ping
 from src.generation.batch_runner import BatchRunner
 from src.generation.cuda_graphs import GraphedStep
 from src.generation.engine import Engine
+from src.job_handler import JobHandler
 from src.serving import taken_jobs
 from src.serving.taken_jobs import Job
 from src.serving.worker_loop import WorkerLoop
 from src.startup import prefetch
-from src.worker import Worker
 
 
-def runner_of(worker: Worker) -> BatchRunner:
-    return worker._engine._runner
+def runner_of(job_handler: JobHandler) -> BatchRunner:
+    return job_handler._engine._runner
 
 
-def finish_uploads(worker: Worker) -> None:
-    """Waits until the worker's bucket has finished or given up all uploads; it takes no more."""
-    worker._bucket._threads.shutdown()
+def finish_uploads(job_handler: JobHandler) -> None:
+    """Waits until its bucket has finished or given up all uploads; it takes no more."""
+    job_handler._bucket._threads.shutdown()
 
 
 def read_ahead(files: Iterable[Path]) -> None:
@@ -81,8 +81,8 @@ def send_ping(heartbeat: rp_ping.Heartbeat) -> None:
 
 
 def replace_answer(monkeypatch: pytest.MonkeyPatch, answer: Callable[..., Any]) -> None:
-    """Replaces the part of ``Worker`` that makes a job's answer."""
-    monkeypatch.setattr(Worker, "_answer", answer)
+    """Replaces the part of ``JobHandler`` that makes a job's answer."""
+    monkeypatch.setattr(JobHandler, "_answer", answer)
 
 
 def fitting_images(engine: Engine, size: int) -> int:

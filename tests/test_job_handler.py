@@ -10,13 +10,13 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from src.generation.engine import Engine
+from src.job_handler import KEPT_ANSWERS, JobHandler
 from src.settings import Settings
-from src.worker import KEPT_ANSWERS, Worker
-from tests.support import engines, forks
+from tests.support import engines
 
 
 def run(engine: Engine, job: dict[str, Any], settings: Settings | None = None) -> dict[str, Any]:
-    return asyncio.run(Worker(engine, settings or Settings()).handle(job))
+    return asyncio.run(JobHandler(engine, settings or Settings()).handle(job))
 
 
 def job(**job_input: object) -> dict[str, Any]:
@@ -101,10 +101,12 @@ def test_result_over_the_limit_is_an_error(v1_4_engine: Engine):
 
 
 def test_job_delivered_again_gets_the_same_answer_unless_it_failed(v1_4_engine: Engine):
-    worker = Worker(v1_4_engine, Settings())
+    job_handler = JobHandler(v1_4_engine, Settings())
 
     async def answer(job_id: str, **job_input: object) -> dict[str, Any]:
-        return await worker.handle({"id": job_id, "input": {"prompt": "a cat", "num_inference_steps": 1} | job_input})
+        return await job_handler.handle(
+            {"id": job_id, "input": {"prompt": "a cat", "num_inference_steps": 1} | job_input}
+        )
 
     async def deliver() -> None:
         assert "error" in await answer("failed", width=99)
@@ -117,37 +119,3 @@ def test_job_delivered_again_gets_the_same_answer_unless_it_failed(v1_4_engine: 
         assert (await answer("job-0"))["seed"] != first["seed"]
 
     asyncio.run(deliver())
-
-
-@pytest.mark.process
-def test_job_needs_no_file_descriptor_but_for_a_deferred_import_whose_failure_is_explained():
-    code = """
-import asyncio, os, resource
-import handler
-from src.settings import Settings
-
-async def answer(**job_input):
-    job = {"id": str(job_input), "input": {"prompt": "the sea", "num_inference_steps": 1} | job_input}
-    output = await worker.handle(job)
-    print(output.get("error", "image" in output))
-
-async def main():
-    files = []
-    try:
-        while True:
-            files.append(open(os.devnull))
-    except OSError:
-        pass
-    for output_format in ("png", "jpeg", "webp"):
-        await answer(output_format=output_format)
-    await answer(scheduler="KLMS")
-    del files
-    await answer(scheduler="KLMS")
-
-worker = handler.build_worker(Settings(model_id="demo"))
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-asyncio.run(main())
-"""
-    lines = [line for line in forks.python(code).splitlines() if "|" not in line]
-    refused = "this worker has no file descriptor left: send the job again"
-    assert lines[:3] == ["True"] * 3 and lines[-2:] == [refused, "True"]

@@ -1,7 +1,6 @@
 """The handler that RunPod's SDK calls: takes a job, returns its output or one readable error."""
 
 import asyncio
-import errno
 import time
 import traceback
 from collections.abc import Callable
@@ -30,7 +29,7 @@ ProgressReports = Callable[[str, Callable[[], dict[str, Any]]], AbstractAsyncCon
 """Takes a job's id and a callable that returns its progress; reports that progress while its block runs."""
 
 
-class Worker:
+class JobHandler:
     """Answers jobs, several at a time. ``handle`` is the ``handler`` for ``runpod.serverless.start``.
 
     Args:
@@ -73,19 +72,19 @@ class Worker:
             if len(self._kept) > KEPT_ANSWERS:
                 del self._kept[next(iter(self._kept))]
 
-    async def _answer(self, job: dict[str, Any], read_input: openai.ReadInput) -> dict[str, Any]:
+    async def _answer(
+        self, job: dict[str, Any], read_input: openai.ReadInput, word_error: openai.WordError
+    ) -> dict[str, Any]:
         try:
             return await self._generate(job, *read_input(job.get("input")))
         except JobError as error:
             if error.__cause__:
                 log.error("".join(traceback.format_exception(error.__cause__)), job["id"])
             log.warn(f"failed: {str(error).split(':')[0]}", job["id"])
-            return {"error": str(error)} | ({"refresh_worker": True} if error.refresh_worker else {})
-        except Exception as error:
+            return {"error": word_error(error)} | ({"refresh_worker": True} if error.refresh_worker else {})
+        except Exception:
             log.error(traceback.format_exc(), job["id"])
-            if isinstance(error, OSError) and error.errno == errno.EMFILE:
-                return {"error": "this worker has no file descriptor left: send the job again"}
-            return {"error": f"internal error, see the worker's log for job {job['id']}"}
+            return {"error": word_error(JobError(f"internal error, see the worker's log for job {job['id']}"))}
 
     async def _generate(self, job: dict[str, Any], job_input: object, may_upload: bool) -> dict[str, Any]:
         request = ImageRequest.parse(job_input, self._engine.limits)

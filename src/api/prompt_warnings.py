@@ -1,0 +1,43 @@
+"""What a client should know about a prompt: what is not used of it."""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+NOT_UNDERSTOOD = "prompt: the embedded model knows few of these words, it draws landscapes and plain shapes only"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words of a model that knows only a few."""
+
+    drawn: Collection[str]
+    """Names of what it can draw."""
+    ignored: Collection[str]
+    """Words that it has learned to ignore."""
+
+
+def truncation_warning(field: str, text: str, starts: list[int], max_tokens: int) -> list[str]:
+    """Warns if a text is longer than the text encoder reads.
+
+    Args:
+        field: the field that has the text.
+        text: what was asked for.
+        starts: for each of the text's tokens, including the one at its begin and the one at its end, where in ``text``
+            it begins.
+        max_tokens: how many of these the text encoder reads.
+    """
+    if len(starts) <= max_tokens:
+        return []
+    # the last position holds the end token
+    rest = text[starts[max_tokens - 1] :]
+    return [f'{field}: longer than {max_tokens} tokens, this part was not used: "{rest}"']
+
+
+def vocabulary_warnings(prompt: str, vocabulary: Vocabulary) -> list[str]:
+    """Warns if most words of a prompt name nothing that the model can draw."""
+    # letters of any script
+    words = re.findall(r"[^\W\d_]+", prompt.lower())
+    drawn = [word for word in words if word in vocabulary.drawn or word.removesuffix("s") in vocabulary.drawn]
+    unknown = [word for word in words if word not in drawn and word not in vocabulary.ignored]
+    return [NOT_UNDERSTOOD] if not drawn or len(unknown) > len(drawn) else []
