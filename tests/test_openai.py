@@ -33,7 +33,9 @@ def images(platform: Platform, client: Client) -> OpenAI:
 
 def test_python_client_gets_pictures(images: OpenAI):
     ours = QUICK | {"seed": 3, "negative_prompt": "blur", "guidance_scale": 5, "scheduler": "DDIM"}
-    without_effect = {"quality": "low", "background": "opaque", "moderation": "low", "user": "me", "style": "vivid"}
+    without_effect = dict.fromkeys(
+        ["quality", "complexity", "background", "moderation", "user", "safety_identifier", "style"], "x"
+    )
     answer = images.images.generate(
         model="gpt-image-1",
         prompt="the sea",

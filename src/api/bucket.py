@@ -21,13 +21,6 @@ MAX_UPLOADS = 32
 """At once. More than a worker has jobs, because a cancelled job's upload goes on until it times out."""
 
 
-class SignedLink(str):
-    """A link whose ``repr`` leaves out the signature, because the SDK logs every output at DEBUG."""
-
-    def __repr__(self) -> str:
-        return repr(re.sub("(?<=X-Amz-Signature=)[^&]*", "...", self))
-
-
 class Bucket:
     """A bucket for pictures.
 
@@ -99,7 +92,7 @@ class Bucket:
         link: str = self._client.generate_presigned_url(
             "get_object", Params={"Bucket": self._name, "Key": key}, ExpiresIn=LINK_SECONDS
         )
-        return SignedLink(link)
+        return link
 
 
 def _refuse_redirect(response: tuple[Any, dict[str, Any]] | None, **_: Any) -> None:

@@ -16,7 +16,7 @@ IMAGES, MODELS = "/v1/images/generations", "/v1/models"
 """The supported routes."""
 NAMES = {"n": "num_images", "output_compression": "output_quality"}
 """OpenAI's names for fields that are called otherwise here."""
-WITHOUT_EFFECT = {"background", "model", "moderation", "quality", "safety_identifier", "style", "user"}
+WITHOUT_EFFECT = {"background", "complexity", "model", "moderation", "quality", "safety_identifier", "style", "user"}
 """OpenAI's fields that mean nothing here. There is only one model, whatever ``model`` says."""
 
 ReadInput = Callable[[object], tuple[object, bool]]
