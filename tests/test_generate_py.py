@@ -75,7 +75,7 @@ def test_values_are_numbers_or_text(
         assert generate(platform, "7", *fields) == (0, "picture.webp seed 1\n", "")
         (job,) = platform.jobs.values()
     assert (tmp_path / "picture.webp").read_bytes() == b"hi"
-    assert job.request.input == {"prompt": "7"} | job_input
+    assert job.input == {"prompt": "7"} | job_input
 
 
 def test_picture_in_a_bucket_is_downloaded(local_server: str, generate: Generate, tmp_path: Path):

@@ -81,7 +81,7 @@ def test_any_field_passes_through_and_the_file_ending_sets_the_format(
         (job,) = platform.jobs.values()
     assert ran.stdout == f"{name} seed 1\n", ran.stderr
     assert (tmp_path / name).read_bytes() == b"hi"
-    assert job.request.input == {"prompt": "7"} | job_input
+    assert job.input == {"prompt": "7"} | job_input
 
 
 @pytest.mark.process

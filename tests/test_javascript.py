@@ -124,7 +124,7 @@ def test_ai_sdk_shows_a_picture_in_a_bucket_when_its_own_fields_are_null(local_s
         ran = ai_sdk(platform, project, size=None, enable_safety_checker=None, width=64)
         (job,) = platform.jobs.values()
     assert json.loads(ran.stdout)["openapi"]
-    assert ImageRequest.parse(job.request.input, LIMITS).width == 64
+    assert ImageRequest.parse(job.input, LIMITS).width == 64
 
 
 def test_ai_sdk_reports_the_workers_error(platform: Platform, client: Client, project: Path):

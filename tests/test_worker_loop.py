@@ -30,7 +30,7 @@ from src.settings import Settings
 from tests.support import engines, internals
 from tests.support.client import Client, receiver, results, until
 from tests.support.platform_stub import ENDPOINT, Fault, Platform, serving
-from tests.support.platform_stub.job import Job, JobRequest
+from tests.support.platform_stub.job import Job
 
 FOREVER = 10**6
 SHORT = Timing(first_pause=0.01, max_pause=0.1)
@@ -600,7 +600,7 @@ def test_invalid_json_raises_no_unexpected_error(text: str):
 
 
 def test_redirected_poll_or_result_reaches_no_other_host(stub: Platform):
-    with receiver(200, 200, 200) as (url, received):
+    with receiver() as (url, received):
         stub.faults += [Fault(route, status=307, location=url) for route in ("job-done", "job-take", "job-stop")]
         work(echo, lambda: Client(stub).generate())
     assert received == []
@@ -611,7 +611,7 @@ def test_redirected_poll_or_result_reaches_no_other_host(stub: Platform):
 def test_odd_id_is_answered(stub: Platform, job_id: str):
     def clients() -> None:
         client = Client(stub)
-        job = Job.new(JobRequest(input={}), sync=False)
+        job = Job.new({}, sync=False)
         job.id = job_id
         stub.loop.call_soon_threadsafe(stub.add, job)
         until(lambda: job.status == "COMPLETED")

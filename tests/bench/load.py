@@ -142,8 +142,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1, help="of the platform's faults")
     arguments = parser.parse_args()
-    # slow, so that no result is forgotten before it is compared
-    with serving(speed=0.01) as platform:
+    with serving() as platform:
         platform.faults.chaos = Chaos(arguments.seed, FAILING)
         platform.start_worker(MAX_CONCURRENCY="8", MAX_BATCH_IMAGES="8")
         report = load(platform, arguments.jobs, arguments.clients)

@@ -1,8 +1,8 @@
 """A stand-in for RunPod's platform on this machine: real workers in real processes, driven by real clients.
 
 ``python -m tests.support.platform_stub --workers 1`` serves ``/v2/local/run`` and the other routes on port 8000, with
-the key ``local``, and starts workers on it. Webhooks, policies, limits and retention follow RunPod's documents. It
-misbehaves on demand: see ``Fault``.
+the key ``local``, and starts workers on it. It keeps every job, ignores policies, and misbehaves on demand: see
+``Fault``.
 """
 
 from tests.support.platform_stub.faults import Chaos, Fault

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from tests.support.platform_stub import webhook
+import aiohttp
+
 from tests.support.platform_stub.faults import Faults
 from tests.support.platform_stub.job import FINAL, Job
 
@@ -20,8 +21,6 @@ HANDLER = Path(__file__).parents[3] / "handler.py"
 ENDPOINT = "local"
 WATCH_INTERVAL = 0.2
 """Seconds between two checks that the workers' processes are alive."""
-RUN_RETENTION, RUNSYNC_RETENTION = 30 * 60_000, 60_000
-"""How long results are kept, in milliseconds."""
 
 
 @dataclass
@@ -32,10 +31,6 @@ class WorkerProcess:
     pings: list[dict[str, str]] = field(default_factory=list)
     to_be_replaced: bool = False
 
-    def crashed(self) -> bool:
-        """Whether it exited with an error without having asked to be replaced."""
-        return self.process.poll() not in (None, 0) and not self.to_be_replaced
-
 
 class Platform:
     """The platform's state. Everything but ``start_worker`` happens in one event loop, ``loop``.
@@ -43,13 +38,11 @@ class Platform:
     Args:
         key: the API key that clients and workers must send.
         poll_seconds: how long a worker's long poll for jobs or stop signals waits.
-        speed: the factor by which time-outs, retention and pauses between webhooks are shorter than RunPod's.
     """
 
-    def __init__(self, key: str = "local", poll_seconds: float = 5.0, speed: float = 1.0) -> None:
+    def __init__(self, key: str = "local", poll_seconds: float = 5.0) -> None:
         self.key = key
         self.poll_seconds = poll_seconds
-        self.speed = speed
         self.url = ""
         self.jobs: dict[str, Job] = {}
         self.workers: dict[str, WorkerProcess] = {}
@@ -64,14 +57,9 @@ class Platform:
         self.loop: asyncio.AbstractEventLoop
         self._changed = asyncio.Event()
 
-    def seconds(self, milliseconds: float) -> float:
-        """Converts a duration of the API to seconds on this machine."""
-        return milliseconds / 1000 / self.speed
-
     def add(self, job: Job) -> None:
         """Accepts a new job."""
         self.jobs[job.id] = job
-        self.loop.call_later(self.seconds(job.request.policy.ttl), self.forget, job.id)
         self.enqueue(job)
 
     def enqueue(self, job: Job) -> None:
@@ -80,51 +68,22 @@ class Platform:
 
     def begin(self, job: Job, worker: str) -> None:
         job.status, job.worker, job.started = "IN_PROGRESS", worker, time.monotonic()
-        timeout = self.seconds(job.request.policy.executionTimeout)
-        self.loop.call_later(timeout, self._time_out, job, job.started)
 
     def end(self, job: Job, status: str, result: dict[str, Any] | None = None) -> None:
         """Sets the final state of ``job``, and sends a stop signal if a worker is still working on it."""
         if job.status in FINAL:
             return
-        if status in ("CANCELLED", "TIMED_OUT"):
-            self._stop(job)
-        self._dequeue(job)
+        if status in ("CANCELLED", "TIMED_OUT") and job.status == "IN_PROGRESS":
+            self.stops.setdefault(str(job.worker), []).append(job.id)
+        self.queue = [waiting for waiting in self.queue if waiting is not job]
         result = result or {}
         job.status, job.output, job.error = status, result.get("output"), result.get("error")
         job.finished = time.monotonic()
-        retention = self.seconds(RUNSYNC_RETENTION if job.sync else RUN_RETENTION)
-        self.loop.call_later(retention, self._forget_result, job, job.finished)
-        if job.request.webhook and status in ("COMPLETED", "FAILED"):
-            delivery = webhook.deliver(job.request.webhook, job.notification(), self.seconds(webhook.PAUSE))
-            task = self.loop.create_task(delivery)
+        if job.webhook and status in ("COMPLETED", "FAILED"):
+            task = self.loop.create_task(_post(job.webhook, job.public()))
             self.background.add(task)
             task.add_done_callback(self.background.discard)
         self.notify()
-
-    def forget(self, job_id: str) -> None:
-        """Removes a job in any state. It is unknown afterwards."""
-        if job := self.jobs.pop(job_id, None):
-            self._stop(job)
-            self._dequeue(job)
-
-    def _dequeue(self, job: Job) -> None:
-        self.queue = [waiting for waiting in self.queue if waiting is not job]
-
-    def _stop(self, job: Job) -> None:
-        """Sends a stop signal to the worker of ``job``, if it has one."""
-        if job.status == "IN_PROGRESS":
-            self.stops.setdefault(str(job.worker), []).append(job.id)
-            self.notify()
-
-    def _time_out(self, job: Job, started: float) -> None:
-        if job.started == started:
-            self.end(job, "TIMED_OUT", {"error": "job timed out"})
-
-    def _forget_result(self, job: Job, finished: float) -> None:
-        # unless the job was retried in the meantime
-        if job.finished == finished:
-            self.forget(job.id)
 
     def notify(self) -> None:
         self._changed.set()
@@ -149,7 +108,6 @@ class Platform:
             "RUNPOD_AI_API_KEY": self.key,
             "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=none",
             "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID?gpu=none",
-            "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$RUNPOD_POD_ID/$ID?gpu=none",
             "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID",
             "RUNPOD_PING_INTERVAL": "2000",
         } | settings
@@ -168,16 +126,15 @@ class Platform:
         """Returns the number of workers in each state, as ``/health`` does."""
         alive = {name for name, worker in self.workers.items() if worker.process.poll() is None}
         pinged = {name for name, worker in self.workers.items() if worker.pings}
-        crashed = {name for name in set(self.workers) - alive if self.workers[name].crashed()}
-        ready = alive & pinged - self.throttled
+        ready = alive & pinged
         busy = {job.worker for job in self.jobs.values() if job.status == "IN_PROGRESS"}
         states = {
             "idle": ready - busy,
-            "initializing": alive - pinged - self.throttled,
+            "initializing": alive - pinged,
             "ready": ready,
             "running": ready & busy,
-            "throttled": alive & self.throttled,
-            "unhealthy": crashed,
+            "throttled": set(),
+            "unhealthy": set(self.workers) - alive,
         }
         return {state: len(names) for state, names in states.items()}
 
@@ -209,3 +166,8 @@ class Platform:
             with suppress(subprocess.TimeoutExpired):
                 worker.process.wait(30)
             self.kill_worker(name)
+
+
+async def _post(url: str, body: dict[str, Any]) -> None:
+    async with aiohttp.ClientSession() as session, session.post(url, json=body):
+        pass

@@ -1,13 +1,11 @@
 """The platform's routes for workers, as RunPod's SDK calls them."""
 
-import json
 import time
 
 from aiohttp import web
 
-from tests.support.platform_stub.job import MAX_RUN_BYTES, MAX_RUNSYNC_BYTES
 from tests.support.platform_stub.platform import ENDPOINT, Platform
-from tests.support.platform_stub.routes import error, find_job
+from tests.support.platform_stub.routes import find_job
 
 
 class WorkerRoutes:
@@ -21,7 +19,6 @@ class WorkerRoutes:
             web.get(f"{base}/job-take-batch/{{worker}}", self.take_batch),
             web.get(f"{base}/job-stop/{{worker}}", self.stop),
             web.post(f"{base}/job-done/{{worker}}/{{job}}", self.done),
-            web.post(f"{base}/job-stream/{{worker}}/{{job}}", self.done_in_part),
             web.get(f"{base}/ping/{{worker}}", self.ping),
         ]
 
@@ -40,10 +37,8 @@ class WorkerRoutes:
         return web.json_response({"jobsToStop": stopped}) if stopped else web.Response(status=204)
 
     async def done(self, request: web.Request) -> web.Response:
-        body = await request.text()
-        job, worker, result = find_job(self.platform, request), request.match_info["worker"], json.loads(body)
-        if len(body) > (MAX_RUNSYNC_BYTES if job.sync else MAX_RUN_BYTES):
-            raise error(web.HTTPBadRequest, "the result is over the limit")
+        result = await request.json()
+        job, worker = find_job(self.platform, request), request.match_info["worker"]
         job.posts.append((time.monotonic(), result))
         if result.get("stopPod") and worker in self.platform.workers:
             self.platform.workers[worker].to_be_replaced = True
@@ -52,10 +47,6 @@ class WorkerRoutes:
                 job.output = result["output"]
             else:
                 self.platform.end(job, "FAILED" if "error" in result else "COMPLETED", result)
-        return web.json_response({})
-
-    async def done_in_part(self, request: web.Request) -> web.Response:
-        find_job(self.platform, request).stream.append(json.loads(await request.text()))
         return web.json_response({})
 
     async def ping(self, request: web.Request) -> web.Response:
