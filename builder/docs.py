@@ -11,8 +11,9 @@ from typing import Any, get_args
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
+from src.api.limits import MAX_PROMPT_LENGTH, ModelLimits
 from src.api.output import OneImage, SeveralImages
-from src.api.request import MAX_PROMPT_LENGTH, ImageRequest, ModelLimits
+from src.api.request import ImageRequest
 from src.schedulers import SCHEDULERS
 from src.settings import Settings, bounds
 

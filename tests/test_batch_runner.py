@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageChops
 
 from builder.demo_model.evaluate import shape_colors
-from src.api.request import MAX_STEPS
+from src.api.limits import MAX_STEPS
 from src.errors import JobError
 from src.generation.engine import Engine
 from src.generation.pending import GenerationResult

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from src.api.limits import ModelLimits
 from src.api.picture import Picture
-from src.api.request import ImageRequest, ModelLimits
+from src.api.request import ImageRequest
 from src.errors import JobError
 from src.generation.engine import Engine
 from src.generation.pending import GenerationResult, Progress

@@ -14,7 +14,8 @@ from PIL import Image
 
 from src.api import openai
 from src.api.bucket import Bucket
-from src.api.request import ImageRequest, ModelLimits
+from src.api.limits import ModelLimits
+from src.api.request import ImageRequest
 from src.errors import JobError
 from src.generation.engine import Engine
 from src.job_handler import JobHandler

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.docs import V1_4
+from src.api.limits import MAX_SEED, ModelLimits
 from src.api.messages import MAX_REPORTED_ERRORS
-from src.api.request import MAX_SEED, ImageRequest, ModelLimits
+from src.api.request import ImageRequest
 from src.errors import JobError
 
 DEMO = ModelLimits(native_size=128, max_size=256, scheduler="DDIM")
@@ -128,6 +129,15 @@ def test_all_errors_are_reported_together():
         "prompt: required; width: must be a multiple of 8, got 515; height: must be at most 1024, got 10000; "
         "promt: unknown field, did you mean prompt?"
     )
+
+
+def test_fields_that_do_not_fit_together_are_reported_beside_others_but_not_if_one_is_wrong_itself():
+    last = f"seed: must be at most {MAX_SEED - 1} for 2 images, got {MAX_SEED}"
+    assert refusal({"width": 515, "seed": MAX_SEED, "num_images": 2}) == (
+        f"prompt: required; width: must be a multiple of 8, got 515; {last}"
+    )
+    assert refusal({"prompt": "x", "seed": MAX_SEED, "num_images": 5}) == "num_images: must be at most 4, got 5"
+    assert refusal({"prompt": "x", "seed": MAX_SEED, "num_images": 2, "zzz": 1}) == f"zzz: unknown field; {last}"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import math
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -22,6 +22,17 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from src.api.cross_checks import faults_across
+from src.api.limits import (
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_PROMPT_LENGTH,
+    MAX_SEED,
+    MAX_STEPS,
+    MIN_SIZE,
+    RANDOM_SEED,
+    ModelLimits,
+)
 from src.api.messages import describe_errors, kind_of
 from src.errors import InvalidInput, printable, shortened
 from src.schedulers import SCHEDULERS
@@ -29,36 +40,16 @@ from src.schedulers import SCHEDULERS
 OutputFormat = Literal["png", "jpeg", "webp"]
 """The names that Replicate's and OpenAI's image APIs share; Pillow, media types and file endings use them too."""
 
-MAX_PROMPT_LENGTH = 2_000
-"""In characters: well beyond the text encoder's 77 tokens."""
-MIN_SIZE = 64
-"""Width and height in pixels: latents of 8 x 8, which the UNet still halves three times."""
-MAX_STEPS = 150
-MAX_GUIDANCE = 30
-"""This and ``MAX_STEPS`` are the maxima of AUTOMATIC1111's sliders."""
-MAX_IMAGES = 4
-"""As in Cog's Stable Diffusion. Four PNGs of 1024 x 1024 come near the platform's limit for a result."""
-RANDOM_SEED = -1
-"""Means the default, as in web UIs and RunPod's public endpoints."""
-MAX_SEED = 2**53 - 1
-"""The largest integer that a JSON client can hold exactly (IEEE 754 double)."""
-
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-@dataclass(frozen=True)
-class ModelLimits:
-    """A model's defaults for a request, and its limits.
+@dataclass
+class _Parsing:
+    """A request that is being read: the model's limits, and the fields that were found right so far."""
 
-    ``native_size`` and ``max_size`` are in pixels, for width and height alike.
-    """
-
-    native_size: int
-    max_size: int
-    scheduler: str
-    max_steps: int = MAX_STEPS
-    """Of the model's own scheduler: LCM and TCD can do no more than they were distilled from."""
+    limits: ModelLimits
+    right: dict[str, Any] = field(default_factory=dict)
 
 
 class PerImage:
@@ -97,7 +88,7 @@ class ImageRequest(BaseModel):
     # Everything that depends on a field is derived from its line here: the pipeline's call, what can share a batch, a
     # job's output, a picture's parameters, the JSON Schemas, the README's table.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     prompt: Annotated[Text, PerImage] = Field(description="What to generate")
     negative_prompt: Annotated[Text, PerImage] = Field("", description="What to keep out of the picture")
@@ -107,7 +98,6 @@ class ImageRequest(BaseModel):
     guidance_scale: Number = Field(7.5, ge=0, le=MAX_GUIDANCE, description="How closely to follow the prompt")
     seed: Annotated[Integer, PerImage] = Field(
         RANDOM_SEED,
-        validate_default=True,
         ge=RANDOM_SEED,
         le=MAX_SEED,
         description="Seed of the first image; image i uses seed + i; -1 draws one below 2^32",
@@ -136,10 +126,14 @@ class ImageRequest(BaseModel):
         if unknown > len(cls.model_fields):
             # with a million of them, pydantic would block the event loop for seconds
             raise InvalidInput(f"{unknown:,} unknown fields, there are only {', '.join(cls.model_fields)}")
+        parsing, faults = _Parsing(limits), list[str]()
         try:
-            return cls.model_validate(job_input, context=limits)
+            request = cls.model_validate(job_input, context=parsing)
         except ValidationError as error:
-            raise InvalidInput(*describe_errors(error.errors(), cls.model_fields)) from None
+            faults = describe_errors(error.errors(), cls.model_fields)
+        if faults := faults + faults_across(limits=limits, **parsing.right):
+            raise InvalidInput(*faults)
+        return request
 
     @classmethod
     def shared_fields(cls) -> list[str]:
@@ -158,14 +152,14 @@ class ImageRequest(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in(cls, job_input: dict[str, Any], info: ValidationInfo[ModelLimits]) -> dict[str, Any]:
-        limits = info.context
+    def _fill_in(cls, job_input: dict[str, Any], info: ValidationInfo[_Parsing]) -> dict[str, Any]:
+        limits = info.context.limits
         own = {"width": limits.native_size, "height": limits.native_size, "scheduler": limits.scheduler}
         return own | {printable(name): value for name, value in job_input.items() if value is not None}
 
     @field_validator("prompt", "negative_prompt")
     @classmethod
-    def _length(cls, value: str, info: ValidationInfo[ModelLimits]) -> str:
+    def _length(cls, value: str, info: ValidationInfo[_Parsing]) -> str:
         minimum = 1 if info.field_name == "prompt" else 0
         if not minimum <= len(value) <= MAX_PROMPT_LENGTH:
             raise PydanticCustomError(
@@ -182,19 +176,19 @@ class ImageRequest(BaseModel):
 
     @field_validator("width", "height")
     @classmethod
-    def _not_too_large(cls, value: int, info: ValidationInfo[ModelLimits]) -> int:
-        if value > info.context.max_size:
+    def _not_too_large(cls, value: int, info: ValidationInfo[_Parsing]) -> int:
+        if value > info.context.limits.max_size:
             raise PydanticCustomError(
                 "too_large",
                 "must be at most {maximum}, got {value}",
-                {"maximum": info.context.max_size, "value": shortened(value)},
+                {"maximum": info.context.limits.max_size, "value": shortened(value)},
             )
         return value
 
     @field_validator("scheduler", mode="before")
     @classmethod
-    def _known_scheduler(cls, value: object, info: ValidationInfo[ModelLimits]) -> object:
-        if isinstance(value, str) and value not in (*SCHEDULERS, info.context.scheduler):
+    def _known_scheduler(cls, value: object, info: ValidationInfo[_Parsing]) -> object:
+        if isinstance(value, str) and value not in (*SCHEDULERS, info.context.limits.scheduler):
             raise PydanticCustomError(
                 "unknown_scheduler",
                 "must be one of {names}, got {value}",
@@ -202,24 +196,9 @@ class ImageRequest(BaseModel):
             )
         return value
 
-    @model_validator(mode="after")
-    def _steps_of_own_scheduler(self, info: ValidationInfo[ModelLimits]) -> Self:
-        limits = info.context
-        if self.scheduler == limits.scheduler and self.num_inference_steps > limits.max_steps:
-            raise PydanticCustomError(
-                "steps_of_own_scheduler",
-                "num_inference_steps: must be at most {maximum} with {scheduler}, got {steps}",
-                {"maximum": limits.max_steps, "scheduler": limits.scheduler, "steps": self.num_inference_steps},
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _last_seed(self) -> Self:
-        maximum = MAX_SEED - self.num_images + 1
-        if self.seed > maximum:
-            raise PydanticCustomError(
-                "last_seed",
-                "seed: must be at most {maximum} for {num_images} images, got {seed}",
-                {"maximum": maximum, "num_images": self.num_images, "seed": self.seed},
-            )
-        return self
+    @field_validator("*")
+    @classmethod
+    def _is_right(cls, value: object, info: ValidationInfo[_Parsing]) -> object:
+        # the last validator, so that it sees only what the others have accepted
+        info.context.right[str(info.field_name)] = value
+        return value

@@ -12,9 +12,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from src.api.limits import MAX_STEPS, ModelLimits
 from src.api.picture import Picture
 from src.api.prompt_warnings import Vocabulary, truncation_warning, vocabulary_warnings
-from src.api.request import MAX_STEPS, ImageRequest, ModelLimits
+from src.api.request import ImageRequest
 from src.errors import JobError
 from src.generation.cuda_graphs import GraphedStep
 from src.schedulers import SCHEDULERS, TRAINED

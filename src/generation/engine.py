@@ -9,9 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Protocol
 
+from src.api.limits import ModelLimits
 from src.api.messages import does_not_fit
 from src.api.picture import Picture
-from src.api.request import ImageRequest, ModelLimits
+from src.api.request import ImageRequest
 from src.errors import JobError
 from src.generation import cuda_errors
 from src.generation.pending import GenerationResult, PendingImage, PendingRequest, Progress

@@ -24,9 +24,10 @@ from statistics import mean
 import runpod
 from PIL import Image
 
+from src.api.limits import ModelLimits
 from src.api.output import job_output
 from src.api.picture import Picture
-from src.api.request import ImageRequest, ModelLimits
+from src.api.request import ImageRequest
 from src.errors import JobError
 from src.generation.engine import Engine
 from src.generation.pending import Progress

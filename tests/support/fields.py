@@ -4,7 +4,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from src.api.request import MAX_SEED, ImageRequest, ModelLimits
+from src.api.limits import MAX_SEED, ModelLimits
+from src.api.request import ImageRequest
 from src.schedulers import SCHEDULERS
 
 LIMITS = ModelLimits(native_size=64, max_size=128, scheduler="PNDM")

@@ -1,0 +1,31 @@
+"""The bounds of a request's fields: those that all models share, and a model's own."""
+
+from dataclasses import dataclass
+
+MAX_PROMPT_LENGTH = 2_000
+"""In characters: well beyond the text encoder's 77 tokens."""
+MIN_SIZE = 64
+"""Width and height in pixels: latents of 8 x 8, which the UNet still halves three times."""
+MAX_STEPS = 150
+MAX_GUIDANCE = 30
+"""This and ``MAX_STEPS`` are the maxima of AUTOMATIC1111's sliders."""
+MAX_IMAGES = 4
+"""As in Cog's Stable Diffusion. Four PNGs of 1024 x 1024 come near the platform's limit for a result."""
+RANDOM_SEED = -1
+"""Means the default, as in web UIs and RunPod's public endpoints."""
+MAX_SEED = 2**53 - 1
+"""The largest integer that a JSON client can hold exactly (IEEE 754 double)."""
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """A model's defaults for a request, and its limits.
+
+    ``native_size`` and ``max_size`` are in pixels, for width and height alike.
+    """
+
+    native_size: int
+    max_size: int
+    scheduler: str
+    max_steps: int = MAX_STEPS
+    """Of the model's own scheduler: LCM and TCD can do no more than they were distilled from."""
