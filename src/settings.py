@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from annotated_types import Ge, Le
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -35,8 +36,22 @@ def _digits(value: object) -> object:
     return value
 
 
+def _filled_in(value: SecretStr) -> SecretStr:
+    if "RUNPOD_SECRET_" in value.get_secret_value():
+        raise PydanticCustomError("secret", "must be a secret of your account: RunPod has found none of that name")
+    return value
+
+
+def _token(value: SecretStr) -> SecretStr:
+    token = value.get_secret_value()
+    if not (token.isascii() and token.isprintable()) or set(token) & set(" \"'`{}"):
+        raise PydanticCustomError("secret", "must be a token alone, without spaces, quotes and control characters")
+    return value
+
+
 Integer = Annotated[int, BeforeValidator(_digits)]
 """An upper bound without a stated source is there to catch typos."""
+Secret = Annotated[SecretStr, AfterValidator(_filled_in)]
 
 
 class Settings(BaseModel):
@@ -61,7 +76,7 @@ class Settings(BaseModel):
         title="Model revision",
         description="Hub revision. Default: a pinned commit for the default model, `main` for others",
     )
-    hf_token: SecretStr | None = Field(
+    hf_token: Annotated[Secret, AfterValidator(_token)] | None = Field(
         None, title="Hugging Face token", description="Hugging Face token, for gated or private models"
     )
     attention_slicing: Literal["auto", "max", "off"] = Field(
@@ -109,10 +124,10 @@ class Settings(BaseModel):
         title="Bucket endpoint URL",
         description="S3-compatible storage for pictures; with it, results hold links. Needs the next three too",
     )
-    bucket_access_key_id: SecretStr | None = Field(
+    bucket_access_key_id: Secret | None = Field(
         None, title="Bucket access key ID", description="Access key ID for the bucket"
     )
-    bucket_secret_access_key: SecretStr | None = Field(
+    bucket_secret_access_key: Secret | None = Field(
         None, title="Bucket secret access key", description="Secret access key for the bucket"
     )
     bucket_name: str | None = Field(None, title="Bucket name", description="The bucket's name")
@@ -173,6 +188,8 @@ def _format_error(error: ErrorDetails) -> str:
         return error["msg"]
     name = str(error["loc"][0])
     match error["type"]:
+        case "secret":
+            return f"{name.upper()}: {error['msg']}"
         case "literal_error":
             message = f"must be {error['ctx']['expected']}".replace("'", "")
         case "bool_parsing":

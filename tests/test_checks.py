@@ -45,6 +45,18 @@ def single_file(folder: Path) -> None:
     (folder / "dreamer_v8.safetensors").touch()
 
 
+def without_feature_extractor(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["feature_extractor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def pointer(folder: Path) -> None:
+    """As git leaves it without Git LFS."""
+    weight_file(folder, "unet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n")
+
+
+ADD_IT = "safety_checker needs a CLIPImageProcessor: add it, or set SAFETY_CHECKER=false"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 PICKLED = "pickled weights can run code, and are not read: save the model again with diffusers (save_pretrained)"
 RENAME = "if these are the weights that you want, give them that name"
@@ -121,6 +133,24 @@ RENAME = "if these are the weights that you want, give them that name"
             config("text_encoder/config.json", hidden_size=1024),
             "text_encoder/config.json: hidden_size is 1024, but unet/config.json wants 32: the text encoder is another "
             "model's",
+        ),
+        (pointer, f"{UNET} is a Git LFS pointer, not the weights: fetch them with git lfs pull"),
+        (without_feature_extractor, f"model_index.json names no feature_extractor, {ADD_IT}"),
+        (
+            index_entry("feature_extractor", [None, None]),
+            f"model_index.json names no feature_extractor, {ADD_IT}",
+        ),
+        (
+            lambda folder: shutil.rmtree(folder / "feature_extractor"),
+            f"feature_extractor/preprocessor_config.json is missing, {ADD_IT}",
+        ),
+        (
+            index_entry("feature_extractor", ["transformers", "CLIPProcessor"]),
+            f"feature_extractor is a CLIPProcessor, {ADD_IT}",
+        ),
+        (
+            index_entry("feature_extractor", ["transformers", "CLIPImageProcessorFast"]),
+            f"feature_extractor is a CLIPImageProcessorFast, {ADD_IT}",
         ),
         (
             config("scheduler/scheduler_config.json", skip_prk_steps=None),

@@ -57,6 +57,7 @@ def test_attention_slicing_can_be_turned_off(v1_4_repository: Path):
 
 def test_safety_checker_can_be_turned_off(copy: Path):
     shutil.rmtree(copy / "safety_checker")
+    shutil.rmtree(copy / "feature_extractor")
     assert load(model_id=copy, safety_checker=False).safety_checker is None
 
 

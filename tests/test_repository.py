@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -30,6 +31,7 @@ def copy(v1_4_repository: Path, tmp_path: Path) -> Path:
         ("./nowhere", "no such directory"),
         ("no hub id", "neither a directory nor a hub id"),
         ("a/b/c", "neither a directory nor a hub id"),
+        ("~nobody_of_this_name/model", "no such home directory: write the whole path in place of ~"),
     ],
 )
 def test_impossible_model_id_is_refused(model_id: str, said: str):
@@ -37,16 +39,23 @@ def test_impossible_model_id_is_refused(model_id: str, said: str):
         repository.find(Settings(model_id=model_id))
 
 
-def find(environment: dict[str, str], *, runpod_cache: Path | None = None) -> str:
-    """Runs ``repository.find`` in a process of its own, since huggingface_hub reads its environment only once."""
+def find(environment: dict[str, str], *, runpod_cache: Path | None = None, user: int | None = None) -> str:
+    """Runs ``repository.find`` in a process of its own, since huggingface_hub reads its environment only once.
+
+    Args:
+        environment: of the process.
+        runpod_cache: stands for the directory of that name.
+        user: runs it as this user, if the tests run as root.
+    """
     code = (
-        "from pathlib import Path; from src.errors import StartError\n"
+        "import os; from pathlib import Path; from src.errors import StartError\n"
         "from src.model import repository; from src.settings import Settings\n"
         f"repository.RUNPOD_CACHE = Path({str(runpod_cache or '/nowhere')!r})\n"
+        f"if {user} and not os.geteuid(): os.setuid({user})\n"
         "try: print(repository.find(Settings.from_environment()).where)\n"
-        "except StartError as error: print('refused:', error)"
+        "except StartError as error: print('may recover:' if error.may_recover else 'refused:', error)"
     )
-    return forks.python(code, MODEL_ID=REPO, **environment)
+    return forks.python(code, **{"MODEL_ID": REPO} | environment)
 
 
 @pytest.mark.process
@@ -132,17 +141,75 @@ def test_broken_download_is_resumed(copy: Path, tmp_path: Path):
 
 
 @pytest.mark.process
+@pytest.mark.parametrize(
+    ("closed", "said"),
+    [
+        ("model", "it may not be read by this user"),
+        ("model/unet", "unet may not be read by this user"),
+        (".", "this user may not enter {folder}"),
+    ],
+)
+def test_directory_that_this_user_may_not_read_is_named(v1_4_repository: Path, closed: str, said: str):
+    # not in pytest's own directory, which another user may not enter
+    with TemporaryDirectory() as parent:
+        Path(parent).chmod(0o755)
+        folder = Path(parent, "volume")
+        shutil.copytree(v1_4_repository, folder / "model").chmod(0o755)
+        (folder / closed).chmod(0o600)
+        refused = find({"MODEL_ID": str(folder / "model")}, user=65534)
+    assert refused == f"refused: MODEL_ID={folder / 'model'}: {said.format(folder=folder)}\n"
+
+
+INFO, FILES = f"/api/models/{REPO}", f"/{REPO}/resolve/"
+NO_SCOPE = "Please enable access to public gated repositories in your fine-grained token settings"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("path", "refusal", "said"),
+    [
+        (INFO, (401, None, "Invalid credentials"), 'refused: {}: the hub answered 401: "Invalid credentials"'),
+        (
+            INFO,
+            (401, "RepoNotFound", None),
+            "refused: {}: the hub has no such model, or it is private and HF_TOKEN may ",
+        ),
+        (INFO, (403, None, "Access to this resource is disabled."), "refused: {}: the hub answered 403: "),
+        (INFO, (451, None, "For legal\treasons"), 'refused: {}: the hub answered 451: "For legal reasons"'),
+        (FILES, (403, None, NO_SCOPE), f'refused: {{}}: the hub answered 403: "{NO_SCOPE}"'),
+        (
+            FILES,
+            (403, "GatedRepo", NO_SCOPE),
+            f'refused: {{}}: gated: accept its licence on the hub and set HF_TOKEN: "{NO_SCOPE}"',
+        ),
+        (FILES, (400, None, "long " * 999), 'refused: {}: the hub answered 400: "' + "long " * 38 + 'long..."'),
+        (FILES, (408, None, None), "may recover: {}: the hub answered 408"),
+        (INFO, (425, None, "Too early"), 'may recover: {}: the hub answered 425: "Too early"'),
+        (INFO, (429, None, "Slow down"), 'may recover: {}: the hub answered 429: "Slow down"'),
+        (INFO, (503, None, "Busy"), 'may recover: {}: the hub answered 503: "Busy"'),
+    ],
+)
+def test_only_a_refusal_that_a_restart_may_cure_leads_to_one(
+    v1_4_repository: Path, tmp_path: Path, path: str, refusal: hub.Refusal, said: str
+):
+    with hub.serve(REPO, v1_4_repository, refuses={path: refusal}) as (address, _):
+        refused = find({"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret"})
+    said = said.format(f"MODEL_ID={REPO}")
+    assert refused.startswith(said) if said.endswith(" ") else refused == f"{said}\n"
+
+
+@pytest.mark.process
 def test_refusal_by_the_hub_is_reported_in_one_line(v1_4_repository: Path, tmp_path: Path):
     home = {"HF_HOME": str(tmp_path)}
     with hub.serve(REPO, v1_4_repository) as (address, _):
         assert find(home | {"HF_ENDPOINT": address, "MODEL_REVISION": "nope"}) == (
-            f"refused: MODEL_ID={REPO}, MODEL_REVISION=nope: the hub has no such revision\n"
+            f'refused: MODEL_ID={REPO}, MODEL_REVISION=nope: the hub has no such revision: "Invalid rev id: nope"\n'
         )
     with hub.serve("someone/else", v1_4_repository) as (address, _):
         assert "the hub has no such model, or it is private" in find(home | {"HF_ENDPOINT": address})
     with hub.serve(REPO, v1_4_repository, token="hf_other") as (address, _):
         said = find(home | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_secret"})
-        assert said == f"refused: MODEL_ID={REPO}: gated: accept its licence on the hub and set HF_TOKEN\n"
+        assert said.startswith(f"refused: MODEL_ID={REPO}: gated: accept its licence on the hub and set HF_TOKEN: ")
     for revision in ("main", hub.REVISION):
         unreachable = home | {"HF_ENDPOINT": "http://127.0.0.1:9", "MODEL_REVISION": revision}
         started = time.monotonic()

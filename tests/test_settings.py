@@ -105,7 +105,7 @@ def test_errors_are_never_in_the_validators_own_words(name: str):
         try:
             Settings.from_environment({name: value})
         except StartError as error:
-            assert re.fullmatch(r"\w+=.*: must .*|.* not set: set all of BUCKET_\* or none", str(error))
+            assert re.fullmatch(r"\w+(=.*)?: must .*|.* not set: set all of BUCKET_\* or none", str(error))
 
 
 def test_name_of_the_embedded_model_ignores_case():
@@ -147,3 +147,14 @@ def test_bad_values_are_reported_together_and_the_token_never():
     assert "SAFETY_CHECKER=maybe" in said
     assert "hf_secret" not in said
     assert "hf_secret" not in repr(Settings.from_environment({"HF_TOKEN": "hf_secret"}))
+
+
+@pytest.mark.parametrize("value", ["hf_a hf_b", "hf_\x1b[1m", "hf_a\nhf_b", '"hf_a"', "'hf_a'", "hf_\u200ba"])
+def test_token_that_no_http_header_can_hold_is_refused_without_its_value(value: str):
+    assert refusal(HF_TOKEN=value) == "HF_TOKEN: must be a token alone, without spaces, quotes and control characters"
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY"])
+def test_secret_that_runpod_has_not_filled_in_is_refused(name: str):
+    said = refusal(**{name: "{{ RUNPOD_SECRET_token }}"})
+    assert said == f"{name}: must be a secret of your account: RunPod has found none of that name"

@@ -12,6 +12,13 @@ CLASSES = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel"}
 REQUIRED = ("unet", "text_encoder", "vae", "tokenizer", "scheduler")
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 
+FEATURE_EXTRACTORS = ("CLIPFeatureExtractor", "CLIPImageProcessor", "CLIPImageProcessorPil")
+"""What versions of transformers have called the one that the safety checker needs."""
+PREPROCESSOR = "feature_extractor/preprocessor_config.json"
+
+LFS_POINTER = b"version https://git-lfs"
+"""What a file begins with that git fetched without Git LFS (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)."""
+
 WEIGHTS = {
     "unet": "diffusion_pytorch_model",
     "safety_checker": "model",
@@ -64,6 +71,8 @@ def check(folder: Path, files: Set[str], *, safety_checker: bool) -> dict[str, s
     components = [name for name in WEIGHTS if index.get(name, [None])[0]]
     if not safety_checker:
         components = [name for name in components if name != "safety_checker"]
+    if "safety_checker" in components:
+        _check_feature_extractor(index, files)
     return _choose_weights(components, files)
 
 
@@ -114,6 +123,17 @@ def _check_configs(folder: Path, index: dict[str, Any]) -> None:
         )
 
 
+def _check_feature_extractor(index: dict[str, Any], files: Set[str]) -> None:
+    kind = index.get("feature_extractor", [None, None])[1]
+    if kind in FEATURE_EXTRACTORS and PREPROCESSOR in files:
+        return
+    if kind in FEATURE_EXTRACTORS:
+        got = f"{PREPROCESSOR} is missing"
+    else:
+        got = f"feature_extractor is a {shortened(kind)}" if kind else "model_index.json names no feature_extractor"
+    raise StartError(f"{got}, safety_checker needs a CLIPImageProcessor: add it, or set SAFETY_CHECKER=false")
+
+
 def _choose_weights(components: Collection[str], files: Set[str]) -> dict[str, str]:
     """Chooses the float16 files if every component has one, otherwise the others.
 
@@ -145,6 +165,17 @@ def _instead(component: str, files: Set[str]) -> str:
     else:
         advice = "pickled weights can run code, and are not read: save the model again with diffusers (save_pretrained)"
     return f" ({', '.join(there[:3])} is there; {advice})"
+
+
+def check_downloaded(folder: Path, file: str) -> None:
+    """Checks that a file is more than Git LFS's pointer to it.
+
+    Raises:
+        StartError: if it is not.
+    """
+    with (folder / file).open("rb") as opened:
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise StartError(f"{file} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
 
 
 def check_tokenizer(tokenizer: Any, text_encoder: Any) -> None:

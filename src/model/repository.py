@@ -7,19 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from httpx2 import TransportError
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from src.errors import StartError, one_line
+from src.errors import StartError
 from src.model import checks, cuda_driver
+from src.model.hub import download_errors
 from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION, DEMO_MODEL_ID, Settings, on_runpod
 
 DEMO_MODEL = Path(__file__).parent / "demo"
@@ -101,8 +94,8 @@ def find_local(settings: Settings) -> Repository | None:
     if model_id == DEMO_MODEL_ID:
         words = checks.read_json(DEMO_MODEL, "words.json")
         return Repository(DEMO_MODEL, "embedded", DEMO_MODEL_ID, None, _check(DEMO_MODEL, settings), words)
-    local = Path(model_id).expanduser()
     with naming(settings):
+        local = _local_path(model_id)
         if local.is_dir():
             weights = _check(local, settings)
             baked_from = checks.read_json(local, "model_index.json").get(ORIGIN) or {}
@@ -157,14 +150,29 @@ def naming(settings: Settings) -> Iterator[None]:
         raise StartError(line, may_recover=error.may_recover) from error
 
 
+def _local_path(model_id: str) -> Path:
+    try:
+        path = Path(model_id).expanduser()
+    except RuntimeError:
+        raise StartError("no such home directory: write the whole path in place of ~") from None
+    for folder in reversed(path.parents):
+        if folder.is_dir() and not os.access(folder, os.X_OK):
+            raise StartError(f"this user may not enter {folder}")
+    return path
+
+
 def _check(path: Path, settings: Settings) -> Mapping[str, str]:
-    """Runs ``checks.check`` on a directory, and checks that this user may read its weights."""
+    """Runs ``checks.check`` on a directory, and checks that this user may read it and that its weights are there."""
+    for name in ("", *checks.REQUIRED, *checks.OPTIONAL):
+        if (path / name).is_dir() and not os.access(path / name, os.R_OK | os.X_OK):
+            raise StartError(f"{name or 'it'} may not be read by this user")
     # links into a cache may be broken
     files = {file.relative_to(path).as_posix() for file in (*path.glob("*"), *path.glob("*/*")) if file.is_file()}
     weights = checks.check(path, files, safety_checker=settings.safety_checker)
     for file in weights.values():
         if not os.access(path / file, os.R_OK):
             raise StartError(f"{file} may not be read by this user")
+        checks.check_downloaded(path, file)
     return weights
 
 
@@ -190,7 +198,7 @@ def _download(model_id: str, settings: Settings) -> tuple[Path, Mapping[str, str
     revision = _revision(model_id, settings)
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
     download = partial(snapshot_download, model_id, revision=revision, token=token)
-    try:
+    with download_errors():
         # tried only once; without it, snapshot_download would try for half a minute to reach the hub
         listing = HfApi(token=token).model_info(model_id, revision=revision or constants.DEFAULT_REVISION)
         files = {sibling.rfilename for sibling in listing.siblings or ()}
@@ -199,21 +207,6 @@ def _download(model_id: str, settings: Settings) -> tuple[Path, Mapping[str, str
         _check_tokenizer(path)
         download(allow_patterns=list(weights.values()))
         return path, weights
-    except StartError:
-        raise
-    except GatedRepoError as error:
-        raise StartError("gated: accept its licence on the hub and set HF_TOKEN") from error
-    except RevisionNotFoundError as error:
-        raise StartError("the hub has no such revision") from error
-    except RepositoryNotFoundError as error:
-        raise StartError("the hub has no such model, or it is private and HF_TOKEN may not read it") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, TransportError) as error:
-        if constants.HF_HUB_OFFLINE:
-            hint = "choose it as the endpoint's Model, or set HF_HUB_OFFLINE=0 to download it"
-            raise StartError(f"in no local cache, and HF_HUB_OFFLINE=1 forbids a download: {hint}") from error
-        raise StartError("in no local cache, and the hub cannot be reached", may_recover=True) from error
-    except Exception as error:
-        raise StartError(f"cannot be downloaded: {one_line(error)}", may_recover=True) from error
 
 
 def _check_tokenizer(folder: Path) -> None:

@@ -7,7 +7,7 @@ import argparse
 import hashlib
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,10 +18,18 @@ from tests.support.v1_4 import make_repository
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
+Refusal = tuple[int, str | None, str | None]
+"""The status, ``X-Error-Code`` and ``X-Error-Message`` of an answer."""
+
 
 @contextmanager
 def serve(
-    repo_id: str, folder: Path, *, token: str | None = None, breaks_off: str | None = None
+    repo_id: str,
+    folder: Path,
+    *,
+    token: str | None = None,
+    breaks_off: str | None = None,
+    refuses: Mapping[str, Refusal] | None = None,
 ) -> Iterator[tuple[str, list[str]]]:
     """Serves ``folder`` as ``repo_id``, whose main branch and only commit is ``REVISION``.
 
@@ -29,6 +37,7 @@ def serve(
         repo_id: The repository's name.
         folder: Its files.
         token: If given, the repository is gated, and its files can only be read with this token.
+        refuses: The answer to each request whose path begins with the key.
         breaks_off: The first download of a file whose path ends with this breaks off in the middle.
 
     Yields:
@@ -52,8 +61,9 @@ def serve(
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        def refuse(self, status: int, code: str) -> None:
-            self.answer(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
+        def refuse(self, status: int, code: str | None, message: str | None) -> None:
+            headers = {"X-Error-Code": code, "X-Error-Message": message}
+            self.answer(status, b"{}", {name: value for name, value in headers.items() if value})
 
         def break_off(self, content: bytes) -> None:
             self.send_response(200)
@@ -64,9 +74,12 @@ def serve(
 
         def do_GET(self) -> None:
             path = self.path.split("?")[0]
+            for begin, refusal in (refuses or {}).items():
+                if path.startswith(begin):
+                    return self.refuse(*refusal)
             if path.startswith(f"/api/models/{repo_id}"):
-                if path.rpartition("/")[2] not in ("main", REVISION):
-                    return self.refuse(404, "RevisionNotFound")
+                if (revision := path.rpartition("/")[2]) not in ("main", REVISION):
+                    return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
                 if "/tree/" in path:
                     sizes = {name: (folder / name).stat().st_size for name in files}
                     listing = [{"type": "file", "path": n, "size": s, "oid": "0" * 40} for n, s in sizes.items()]
@@ -75,7 +88,7 @@ def serve(
                 return self.answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
             if path.startswith(f"/{repo_id}/resolve/"):
                 if token and self.headers.get("Authorization") != f"Bearer {token}":
-                    return self.refuse(401, "GatedRepo")
+                    return self.refuse(401, "GatedRepo", f"Access to model {repo_id} is restricted.")
                 name = path.removeprefix(f"/{repo_id}/resolve/").partition("/")[2]
                 content = (folder / name).read_bytes()
                 headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": REVISION}
@@ -88,7 +101,7 @@ def serve(
                 if start:
                     headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
                 return self.answer(206 if start else 200, content[start:], headers)
-            return self.refuse(401, "RepoNotFound")
+            return self.refuse(401, "RepoNotFound", "Invalid username or password.")
 
         do_HEAD = do_GET
 
