@@ -44,20 +44,20 @@ class StartError(Exception):
 
 def one_line(error: BaseException) -> str:
     """Formats an error as one line, with its type unless it was written for people."""
-    line = next(iter(str(error).strip().splitlines()), "")
+    line = _printable(next(iter(str(error).strip().splitlines()), ""))
     if isinstance(error, JobError | StartError):
         return line
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def shortened(value: object) -> str:
-    """Formats ``value`` to be quoted in an error."""
+    """Formats ``value``, which comes from outside, to be quoted in an error: in one line, cut if it is long."""
     if isinstance(value, int) and value.bit_length() > 128:
         return "a huge number"
-    text = printable(str(value))
-    return text if len(text) <= MAX_QUOTED_CHARACTERS else text[:MAX_QUOTED_CHARACTERS] + "..."
+    text = str(value)
+    return _printable(text[:MAX_QUOTED_CHARACTERS]) + "..." * (len(text) > MAX_QUOTED_CHARACTERS)
 
 
-def printable(text: str) -> str:
-    """``text`` without lone surrogates, which no encoding can write."""
-    return text.encode("utf-8", "replace").decode()
+def _printable(text: str) -> str:
+    """Replaces control characters, separators of lines, invisible characters and lone surrogates."""
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -60,8 +60,8 @@ class Storage:
     client: Any
     requests: list[dict[str, str]]
     """The headers of each request, as WSGI names them."""
-    answers: list[tuple[str, dict[str, str]]]
-    """Status and headers of the answers to the next requests, which are then not carried out."""
+    answers: list[tuple[Any, ...]]
+    """Status, headers and body, if any, of the answers to the next requests, which are then not carried out."""
     barriers: list[threading.Barrier]
     """The next requests each take one and wait at it twice before they are answered."""
 
@@ -92,7 +92,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def storage(certificate: Path) -> Iterator[Storage]:
     """A storage service with the bucket ``pictures``. A proxy routes every address to it."""
     moto, received = DomainDispatcherApplication(create_backend_app), list[dict[str, str]]()
-    answers, barriers = list[tuple[str, dict[str, str]]](), list[threading.Barrier]()
+    answers, barriers = list[tuple[Any, ...]](), list[threading.Barrier]()
 
     def recorded(environ: dict[str, Any], start_response: Any) -> Any:
         received.append({name: value for name, value in environ.items() if isinstance(value, str)})
@@ -101,9 +101,9 @@ def storage(certificate: Path) -> Iterator[Storage]:
             for _ in range(2):
                 barrier.wait(30)
         if answers:
-            status, headers = answers.pop(0)
-            start_response(status, [("Content-Length", "0"), *headers.items()])
-            return []
+            status, headers, *body = answers.pop(0)
+            start_response(status, [("Content-Length", str(sum(map(len, body)))), *headers.items()])
+            return body
         return moto(environ, start_response)
 
     server = make_server("127.0.0.1", 0, recorded, threaded=True, ssl_context=(str(certificate), str(certificate)))
@@ -264,7 +264,8 @@ def test_failing_bucket_fails_the_job_and_leaves_no_local_file(
             {"Location": "https://elsewhere.example.com/pictures?x"},
             "at https://elsewhere.example.com: see BUCKET_ENDPOINT_URL",
         ),
-        ({}, "at another address, which it does not tell: see BUCKET_ENDPOINT_URL"),
+        ({}, "at another address, which it does not name: see BUCKET_ENDPOINT_URL"),
+        ({"Location": f"https://{'x' * 99}"}, f"at https://{'x' * 32}...: see BUCKET_ENDPOINT_URL"),
     ],
 )
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "307 Temporary Redirect", "308 Permanent Redirect"])
@@ -280,6 +281,14 @@ def test_redirecting_bucket_fails_the_job_at_once_and_its_place_is_named(
         storage.answers.clear()
     assert str(refused.value) == f"the endpoint's bucket is {place}"
     assert len(storage.requests) == 1
+
+
+def test_errors_quote_a_storage_in_one_short_line(storage: Storage):
+    code = "A\n\u2028" + "x" * 99
+    storage.answers.append(("403 Forbidden", {}, f"<Error><Code>{code}</Code></Error>".encode()))
+    with pytest.raises(JobError) as refused:
+        Bucket(settings()).upload(b"a PNG", "picture.png", "image/png")
+    assert str(refused.value) == f"the endpoint's bucket refused the picture: A??{'x' * 37}..."
 
 
 def test_cancelled_job_stores_no_further_picture_and_delays_no_other_job(storage: Storage, v1_4_engine: Engine):

@@ -140,41 +140,61 @@ def test_fields_that_do_not_fit_together_are_reported_beside_others_but_not_if_o
     assert refusal({"prompt": "x", "seed": MAX_SEED, "num_images": 2, "zzz": 1}) == f"zzz: unknown field; {last}"
 
 
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        ("Width", "width"),
-        ("hieght", "height"),
-        ("negativ_prompt", "negative_prompt"),
-        ("negative-prompt", "negative_prompt"),
-        ("numImages", "num_images"),
-        ("output_fromat", "output_format"),
-        ("quality", "output_quality"),
-        # names from other workers
-        ("num_outputs", "num_images"),
-        ("n_iter", "num_images"),
-        ("batch_size", "num_images"),
-        ("num_images_per_prompt", "num_images"),
-        ("steps", "num_inference_steps"),
-        ("num_steps", "num_inference_steps"),
-        ("cfg_scale", "guidance_scale"),
-        ("guidance", "guidance_scale"),
-        ("negative", "negative_prompt"),
-        ("sampler", "scheduler"),
-        ("sampler_name", "scheduler"),
-        ("size", "width and height"),
-    ],
-)
+MEANT = {
+    "prompt": "promt Prompt prompts text_prompts positive_prompt",
+    "negative_prompt": "negativ_prompt negative-prompt negativePrompt negative neg_prompt uc n_prompt",
+    "width": "Width image_width w",
+    "height": "hieght heigth img_height h",
+    "width and height": "size image_size image_dimensions imageSize aspect_ratio resolution",
+    "num_inference_steps": "steps num_steps num_infrence_steps sampling_steps ddim_steps n_steps",
+    "guidance_scale": "guidance guidence_scale cfg cfg_scale cfgScale scale",
+    "seed": "seeds noise_seed random_seed",
+    "num_images": "numImages batch_size n n_iter num_images_per_prompt num_outputs num_samples samples numberOfImages",
+    "output_format": "output_fromat outputFormat format image_format",
+    "output_quality": "quality output_compression jpeg_quality",
+    "scheduler": "schedule sampler sampler_index sampler_name samplerName scheduler_name",
+}
+"""Other tools' names and misspellings of each field."""
+
+
+@pytest.mark.parametrize(("meant", "name"), [(meant, name) for meant, names in MEANT.items() for name in names.split()])
 def test_nearest_field_name_is_suggested(name: str, meant: str):
     assert refusal({"prompt": "x", name: 1}) == f"{name}: unknown field, did you mean {meant}?"
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["zzz", "", "_", "output", "num", "image", "init_image", "strength", "clip_skip", "lora", "model", "hires_fix"],
+OF_OTHER_TOOLS = (
+    "send_images init_image init_images strength clip_skip lora hires_fix hr_prompt hr_negative_prompt subseed"
 )
+
+
+@pytest.mark.parametrize("name", ["zzz", "", "_", "output", "output_url", "num", "image", *OF_OTHER_TOOLS.split()])
 def test_unrelated_field_name_gets_no_suggestion(name: str):
     assert refusal({"prompt": "x", name: 1}) == f"{name}: unknown field"
+
+
+@pytest.mark.parametrize("text", ["\n", "\u2028", "\x1b", "\u200b", "\u202e", "\ud800", "x" * 10_000_000])
+def test_error_quotes_one_short_line_of_what_can_be_printed(text: str):
+    quoted = f"a{'x' * 39}..." if len(text) > 1 else "a?b"
+    assert refusal({"prompt": "x", "scheduler": f"a{text}b"}).endswith(f"UniPCMultistep, got {quoted}")
+    assert refusal({"prompt": "x", f"a{text}b": 1}) == f"{quoted}: unknown field"
+    said = refusal({"prompt": "x", "output_format": f"a{text}b"})
+    assert said in (
+        f"output_format: must be png, jpeg or webp, got {quoted}",
+        "output_format: must be valid Unicode, has a lone surrogate",
+    )
+
+
+def test_error_never_quotes_nothing():
+    for name in ImageRequest.model_fields:
+        for value in ("", "  "):
+            if name not in ("prompt", "negative_prompt"):
+                assert refusal({"prompt": "x", name: value}).endswith(", got an empty string")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_number_must_be_finite(value: float):
+    for name in set(ImageRequest.model_fields) - set(TEXTS):
+        assert refusal({"prompt": "x", name: value}) == f"{name}: must be a finite number"
 
 
 def test_error_with_many_faults_is_cut():

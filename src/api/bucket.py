@@ -10,7 +10,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from src.errors import JobError
+from src.errors import JobError, shortened
 from src.settings import Settings
 
 LINK_SECONDS = 7 * 24 * 3600
@@ -86,7 +86,7 @@ class Bucket:
             self._client.put_object(Bucket=self._name, Key=key, Body=file, ContentType=media_type)
         except ClientError as error:
             code = error.response.get("Error", {}).get("Code", "unknown")
-            raise JobError(f"the endpoint's bucket refused the picture: {code}") from error
+            raise JobError(f"the endpoint's bucket refused the picture: {shortened(code)}") from error
         except BotoCoreError as error:
             raise JobError("the endpoint's bucket could not be reached") from error
         link: str = self._client.generate_presigned_url(
@@ -104,13 +104,12 @@ def _refuse_redirect(response: tuple[Any, dict[str, Any]] | None, **_: Any) -> N
     if not response or not 300 <= response[0].status_code < 400:
         return
     headers = response[0].headers
-    target = urlsplit(headers.get("Location", ""))
     if region := headers.get("x-amz-bucket-region"):
-        place = f"in the region {region}: see BUCKET_ENDPOINT_URL and BUCKET_REGION"
-    elif target.netloc:
-        place = f"at {target.scheme}://{target.netloc}: see BUCKET_ENDPOINT_URL"
+        place = f"in the region {shortened(region)}: see BUCKET_ENDPOINT_URL and BUCKET_REGION"
+    elif target := re.match("https?://[^/?#]+", headers.get("Location", "")):
+        place = f"at {shortened(target[0])}: see BUCKET_ENDPOINT_URL"
     else:
-        place = "at another address, which it does not tell: see BUCKET_ENDPOINT_URL"
+        place = "at another address, which it does not name: see BUCKET_ENDPOINT_URL"
     raise JobError(f"the endpoint's bucket is {place}")
 
 

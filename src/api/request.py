@@ -33,8 +33,8 @@ from src.api.limits import (
     RANDOM_SEED,
     ModelLimits,
 )
-from src.api.messages import describe_errors, kind_of
-from src.errors import InvalidInput, printable, shortened
+from src.api.messages import describe_errors, kind_of, quoted
+from src.errors import InvalidInput, shortened
 from src.schedulers import SCHEDULERS
 
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -155,7 +155,7 @@ class ImageRequest(BaseModel):
     def _fill_in(cls, job_input: dict[str, Any], info: ValidationInfo[_Parsing]) -> dict[str, Any]:
         limits = info.context.limits
         own = {"width": limits.native_size, "height": limits.native_size, "scheduler": limits.scheduler}
-        return own | {printable(name): value for name, value in job_input.items() if value is not None}
+        return own | {shortened(name): value for name, value in job_input.items() if value is not None}
 
     @field_validator("prompt", "negative_prompt")
     @classmethod
@@ -192,7 +192,7 @@ class ImageRequest(BaseModel):
             raise PydanticCustomError(
                 "unknown_scheduler",
                 "must be one of {names}, got {value}",
-                {"names": ", ".join(SCHEDULERS), "value": shortened(value)},
+                {"names": ", ".join(SCHEDULERS), "value": quoted(value)},
             )
         return value
 
