@@ -8,10 +8,11 @@ import pytest
 
 from tests.support.processes import ROOT, python
 
-GROUND = {"errors", "schedulers"}
+GROUND = {"errors", "schedulers", "threads"}
 MAY_IMPORT = {
     "errors": set(),
     "schedulers": set(),
+    "threads": set(),
     "settings": GROUND,
     "api": {"settings", *GROUND},
     "model": {"settings", *GROUND},

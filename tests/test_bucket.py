@@ -28,7 +28,7 @@ from PIL import Image
 from runpod.serverless.modules import rp_job
 from werkzeug.serving import make_server
 
-from src.api.bucket import Bucket, address
+from src.api.bucket import MAX_UPLOADS, Bucket, address
 from src.api.request import OutputFormat
 from src.errors import JobError
 from src.generation.engine import Engine
@@ -208,6 +208,14 @@ def test_upload_is_tried_five_times(storage: Storage, monkeypatch: pytest.Monkey
     storage.answers += [*failed, ("503 Slow Down", {})]
     with pytest.raises(JobError, match="the endpoint's bucket refused the picture: 503"):
         Bucket(settings()).upload(b"a PNG", "job-6/picture.png", "image/png")
+
+
+def test_threads_for_uploads_run_before_the_first_upload():
+    before = set(threading.enumerate())
+    bucket = Bucket(settings())
+    started = [thread.name for thread in threading.enumerate() if thread not in before]
+    assert sum(name.startswith("upload") for name in started) == MAX_UPLOADS
+    del bucket
 
 
 def test_job_returns_links_in_place_of_pictures(

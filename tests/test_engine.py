@@ -15,6 +15,7 @@ from src.api.request import ImageRequest
 from src.errors import JobError
 from src.generation.engine import Engine
 from src.generation.pending import GenerationResult, Progress
+from src.threads import start_pool
 from tests.support.engines import generate_together, occupy, until_idle
 
 LIMITS = ModelLimits(native_size=64, max_size=128, scheduler="PNDM")
@@ -323,6 +324,19 @@ def test_hanging_device_is_lost_for_current_and_later_requests():
     # the call returns after all, but the device stays lost
     with pytest.raises(JobError, match=LOST):
         engine.warm_up()
+
+
+def test_started_engine_and_pools_need_no_further_thread(monkeypatch: pytest.MonkeyPatch):
+    engine, pool = Engine(StandIn(), 4), start_pool(2, "test")
+    engine.warm_up()
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert [seeds(result) for result in generate_together(engine, request(), request(width=72))] == [[3], [3]]
+    both_run = threading.Barrier(2)
+    assert sorted(pool.map(lambda _: both_run.wait(10), "ab")) == [0, 1]
 
 
 def test_slow_or_idle_device_is_not_lost():

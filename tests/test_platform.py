@@ -272,6 +272,15 @@ def test_blocked_log_output_delays_no_job():
         assert worker.process.poll() is None
 
 
+def test_worker_that_can_start_no_further_thread_answers_jobs():
+    with serving() as platform:
+        client = Client(platform)
+        platform.start_worker(FAULTY, MAX_CONCURRENCY="4")
+        assert client.generate("no more threads")["status"] == "COMPLETED"
+        jobs = [client.run(width=width) for width in (64, 64, 128, 136)]
+        assert [client.finished(job)["status"] for job in jobs] == ["COMPLETED"] * 4
+
+
 def test_worker_with_closed_outputs_works():
     with serving() as platform:
         command = ["sh", "-c", 'exec "$@" 1>&- 2>&-', "sh", sys.executable, str(HANDLER)]

@@ -17,7 +17,8 @@ def test_time_during_which_the_process_is_frozen_does_not_count():
     code = f"""
 from src.generation.stall_watch import StallWatch
 
-with StallWatch({TIMEOUT}, lambda: print("stalled", flush=True)):
+watch = StallWatch({TIMEOUT}, lambda: print("stalled", flush=True))
+with watch:
     print("watching", flush=True)
     input()
 """

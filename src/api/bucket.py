@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -12,6 +11,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from src.errors import JobError, shortened
 from src.settings import Settings
+from src.threads import start_pool
 
 LINK_SECONDS = 7 * 24 * 3600
 """How long a link works, in seconds: a week, the maximum of signature version 4."""
@@ -56,7 +56,7 @@ class Bucket:
         # with a storage that redirects every request, boto3 would look for the bucket's region for ever
         self._client.meta.events.register_first("needs-retry.s3", _refuse_redirect)
         # threads of their own, so that a hung upload cannot block the encoding of other jobs
-        self._threads = ThreadPoolExecutor(MAX_UPLOADS, thread_name_prefix="upload")
+        self._threads = start_pool(MAX_UPLOADS, "upload")
 
     async def upload_all(self, files: list[bytes], folder: str, output_format: str) -> list[str]:
         """Stores a job's pictures one after another and returns a link to each.

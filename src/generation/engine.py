@@ -58,10 +58,10 @@ class Engine:
         self._runner = runner
         self._max_batch_images = max_batch_images
         self._stall_timeout = stall_timeout
+        self._watch = StallWatch(stall_timeout, self._lose_device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._waiting: list[PendingImage] = []
         self._running: list[PendingImage] = []
-        self._watch: StallWatch
         self._lock = threading.Lock()
         self._fitting_images: dict[tuple[int, int], int] = {}
         """By width and height, the number of images that may still fit after a batch ran out of memory."""
@@ -103,7 +103,7 @@ class Engine:
     def _drain_queue(self) -> None:
         while batch := self._next_batch():
             try:
-                with StallWatch(self._stall_timeout, self._lose_device) as self._watch:
+                with self._watch:
                     self._run_with_fallback(batch)
             except Exception as error:
                 # even if handling a failure fails, no request may wait for ever

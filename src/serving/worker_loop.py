@@ -31,7 +31,9 @@ from src.errors import InvalidInput
 from src.serving import heartbeat, log_output
 from src.serving.delivery import CONNECT_TIMEOUT, Outage, Rejected, Timing, deliver
 from src.serving.taken_jobs import Job, read_body, read_jobs
+from src.threads import start_pool
 
+THREADS = 32  # for asyncio.to_thread and looking up hosts: asyncio's own maximum
 MAX_REMEMBERED = 1000  # ids of jobs that have ended, and of jobs that were stopped before they came
 
 log = runpod.RunPodLogger()
@@ -63,6 +65,7 @@ class WorkerLoop:
     def start(self) -> None:
         """Runs until a signal or a lost device ends the worker, and then ends the process."""
         loop = asyncio.new_event_loop()
+        loop.set_default_executor(start_pool(THREADS, "job"))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._shutting_down.set)
         loop.run_until_complete(self.run())

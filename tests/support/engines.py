@@ -45,8 +45,10 @@ def occupy(engine: Engine, released: threading.Event) -> None:
 def shut_down(engine: Engine) -> None:
     """Ends the engine's threads, which keep its pipeline in memory."""
     engine._thread.shutdown()
+    watch = engine._watch
+    watch._stalled, watch._timeout = lambda: None, 0
     for thread in threading.enumerate():
-        if thread.name == "stall watch":
+        if getattr(thread, "_target", None) == watch._watch:
             thread.join()
 
 

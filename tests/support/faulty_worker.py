@@ -22,6 +22,10 @@ def hang(*_: object, **__: object) -> None:
     threading.Event().wait()
 
 
+def refuse_thread(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 def main() -> None:
     # not at import: the heartbeat's process imports this module too
     import_libraries()
@@ -41,6 +45,8 @@ def main() -> None:
                 raise RuntimeError("no kernel image is available")
             if "hang" in prompt or os.environ.get("ALWAYS_HANG"):
                 self.unet.forward = hang
+            if "no more threads" in prompt:
+                threading.Thread.start = refuse_thread  # type: ignore[method-assign]
             if "device-side assert" in prompt:
                 # an index out of bounds, on a CUDA device
                 torch.zeros(1, device=self.device)[torch.ones(1, dtype=torch.int64, device=self.device)]
