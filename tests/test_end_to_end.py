@@ -16,11 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import requests
 from PIL import Image
 
 from tests.support import forks
-from tests.support.client import picture, until
+from tests.support.client import until
 from tests.support.platform_stub import HANDLER
 from tests.support.processes import run_handler
 
@@ -209,30 +208,3 @@ def test_older_python_is_refused_with_one_line():
 )
 def test_failed_start_is_explained_in_one_line(tmp_path: Path, environment: dict[str, str], said: str):
     refused_to_start(forks.run_handler(tmp_path, "--check", **environment), said)
-
-
-def post(address: str, **job_input: object) -> dict:
-    return requests.post(address, json={"input": job_input}, timeout=60).json()
-
-
-def test_local_server_runs_a_job(local_server: str):
-    started = post(f"{local_server}/run", prompt="a red circle on a blue background", seed=1, num_inference_steps=10)
-    assert started["status"] == "IN_PROGRESS"
-    done = requests.post(f"{local_server}/status/{started['id']}", timeout=60).json()
-    assert done["status"] == "COMPLETED"
-    assert (done["output"]["seed"], done["output"]["model"]) == (1, "demo")
-    assert picture(done["output"]).size == (128, 128)
-
-
-def test_local_runsync_is_reproducible_and_takes_any_text(local_server: str):
-    prompt = '山 🎿 "quoted" \\ and\nnew lines'
-    first, second = (post(f"{local_server}/runsync", prompt=prompt, seed=2, num_inference_steps=3) for _ in "ab")
-    assert first["status"] == "COMPLETED"
-    assert first["output"] == second["output"]
-    assert picture(first["output"]).text["parameters"].startswith(prompt)
-
-
-def test_local_server_explains_a_bad_request(local_server: str):
-    answer = post(f"{local_server}/runsync", prompt="x", width=515)
-    assert answer["status"] == "FAILED"
-    assert answer["error"] == "invalid input: width: must be a multiple of 8, got 515"

@@ -85,24 +85,6 @@ def test_interrupt_cancels_the_job(project: Path):
         assert job.status == "CANCELLED"
 
 
-def test_run_sync_of_the_sdk_polls_until_the_job_ends(project: Path):
-    code = """
-        import runpodSdk from "runpod-sdk";
-        const endpoint = runpodSdk("local", { baseUrl: process.argv[1] }).endpoint("local");
-        const job = await endpoint.runSync({ input: { prompt: "the sea" } }, 2_000);
-        console.log(job.status, job.output);
-    """
-    with serving() as platform:
-        platform.faults += [Fault("/status-sync/", delay=0.1)]
-        command = ["node", "--input-type=module", "-e", code, f"{platform.url}/v2"]
-        waiting = subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, text=True)
-        until(lambda: not platform.faults)
-        (job,) = platform.jobs.values()
-        platform.loop.call_soon_threadsafe(platform.end, job, "COMPLETED", {"output": "a picture"})
-        output, _ = waiting.communicate(timeout=20)
-    assert output.splitlines()[-1] == "COMPLETED a picture"
-
-
 def ai_sdk(platform: Platform, project: Path, **options: object) -> subprocess.CompletedProcess[str]:
     """Generates a picture with Vercel's AI SDK and ``options`` of RunPod's provider, and prints the file."""
     code = """

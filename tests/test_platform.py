@@ -4,17 +4,14 @@ import fcntl
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-import runpod
 
 from tests.bench.load import load
 from tests.support.client import Client, picture, results, until
@@ -36,16 +33,6 @@ def test_job_runs_through_run_and_status_and_through_runsync(platform: Platform,
     again = client.post("runsync", {"input": {"prompt": "the sea", "num_inference_steps": 2, "seed": 5}})
     assert again["output"] == done["output"]
     assert until(lambda: client.get("health")["workers"]["idle"]) == 1
-
-
-def test_sdks_own_client_works(platform: Platform, client: Client, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(runpod, "endpoint_url_base", f"{platform.url}/v2")
-    endpoint = runpod.Endpoint("local", api_key=platform.key)
-    job = endpoint.run({"prompt": "the sea", "num_inference_steps": 2})
-    assert picture(job.output(timeout=60)).size == (128, 128)
-    assert endpoint.run_sync({"promt": "x"}) is None
-    job = endpoint.run(SLOW)
-    assert job.cancel()["status"] == "CANCELLED"
 
 
 def test_progress_comes_once_a_second_and_never_after_the_result(platform: Platform, client: Client):
@@ -88,27 +75,6 @@ def test_cancelled_job_frees_the_device(platform: Platform, client: Client):
     assert time.monotonic() - cancelled < 5
     assert results(platform, long) == results(platform, waiting) == []
     assert client.get(f"status/{long}")["status"] == "CANCELLED"
-
-
-def test_job_delivered_twice_is_generated_once(platform: Platform, client: Client):
-    platform.faults.append(Fault("job-take", twice=True))
-    job = client.run(**THREE_SECONDS)
-    assert client.finished(job)["status"] == "COMPLETED"
-    first, *more = until(lambda: len(sent := results(platform, job)) == 2 and sent)
-    # generated again, it would have another random seed
-    assert [first["output"]] == [again["output"] for again in more]
-
-
-@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 429}, {"drop": True}])
-def test_failing_platform_loses_no_job(platform: Platform, client: Client, fault: dict[str, Any]):
-    """``tests/test_worker_loop.py`` tries more faults in less time."""
-    platform.faults += [Fault("job-take", **fault), Fault("job-stop", **fault)]
-    jobs = [client.run(f"{i}") for i in range(4)]
-    platform.faults.append(Fault("job-done", times=6, body='"image"', **fault))
-    for job in jobs:
-        assert client.finished(job)["status"] == "COMPLETED"
-        assert len(results(platform, job)) == 1
-    until(lambda: not platform.faults)
 
 
 def test_worker_retries_its_result_after_sigterm():
@@ -165,17 +131,6 @@ def test_worker_survives_an_outage_of_the_platform_and_ends_at_once_when_idle(tm
         assert "Warning" not in log.read_text()
     finally:
         platform.stop_workers()
-
-
-def test_workers_end_with_the_platform():
-    command = [sys.executable, "-m", "tests.support.platform_stub", "--port", "0"]
-    with subprocess.Popen(command, cwd=HANDLER.parent, stdout=subprocess.PIPE) as stub:
-        assert b"serving http://127.0.0.1:" in stub.stdout.readline()
-        (worker,) = psutil.Process(stub.pid).children()
-        assert worker.cmdline()[-1] == str(HANDLER)
-        stub.terminate()
-        assert stub.wait(60) == 0
-        assert not worker.is_running()
 
 
 def test_failure_has_a_clear_error_and_affects_no_other_job(platform: Platform, client: Client):

@@ -9,7 +9,7 @@ from tests.support.platform_stub.platform import ENDPOINT, Platform
 from tests.support.platform_stub.routes import error, find_job
 
 RUNSYNC_SECONDS = 90
-"""How long ``/runsync`` and ``/status-sync`` wait by default."""
+"""How long ``/runsync`` waits by default."""
 
 
 class ClientRoutes:
@@ -22,7 +22,6 @@ class ClientRoutes:
             web.post(f"{base}/run", self.run),
             web.post(f"{base}/runsync", self.runsync),
             web.get(f"{base}/status/{{job}}", self.status),
-            web.get(f"{base}/status-sync/{{job}}", self.status_sync),
             web.post(f"{base}/cancel/{{job}}", self.cancel),
             web.post(f"{base}/retry/{{job}}", self.retry),
             web.post(f"{base}/purge-queue", self.purge_queue),
@@ -35,13 +34,13 @@ class ClientRoutes:
         return web.json_response({"id": job.id, "status": job.status})
 
     async def runsync(self, request: web.Request) -> web.Response:
-        return await self._wait_for(await self._new_job(request), request)
+        job = await self._new_job(request)
+        seconds = int(request.query.get("wait", 1000 * RUNSYNC_SECONDS)) / 1000
+        await self.platform.until(lambda: job.status in FINAL, seconds)
+        return web.json_response(job.public())
 
     async def status(self, request: web.Request) -> web.Response:
         return web.json_response(find_job(self.platform, request).public())
-
-    async def status_sync(self, request: web.Request) -> web.Response:
-        return await self._wait_for(find_job(self.platform, request), request)
 
     async def cancel(self, request: web.Request) -> web.Response:
         job = find_job(self.platform, request)
@@ -92,8 +91,3 @@ class ClientRoutes:
         job = Job.new(body["input"], body.get("webhook"), sync=request.path.endswith("runsync"))
         self.platform.add(job)
         return job
-
-    async def _wait_for(self, job: Job, request: web.Request) -> web.Response:
-        seconds = int(request.query.get("wait", 1000 * RUNSYNC_SECONDS)) / 1000
-        await self.platform.until(lambda: job.status in FINAL, seconds)
-        return web.json_response(job.public())
