@@ -14,8 +14,8 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+from src.serving import log_output
 from src.serving.command_line import Mode, choose_mode, parse_arguments
-from src.serving.log_output import open_closed_streams
 from src.serving.signals import exit_on_signals
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ def build_engine(
 
 
 def main() -> None:
+    log_output.install()
     exit_on_signals()
-    open_closed_streams()
     arguments = parse_arguments()
     if arguments.rp_log_level:
         os.environ["RUNPOD_LOG_LEVEL"] = arguments.rp_log_level

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from src.errors import StartError
+from src.serving import log_output
 from src.serving.signals import exit_on_signals
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def check_job(job: Any = None) -> None:
 @asynccontextmanager
 async def progress_bar(job_id: str, report: Callable[[], dict[str, Any]]) -> AsyncIterator[None]:
     """Shows ``report()`` on the terminal while the block runs; without a terminal, shows nothing."""
+    # a line of standard output must come before the bar or after it
+    log_output.drain()
     with tqdm(total=report()["steps"], unit="step", leave=False, disable=None) as bar:
 
         async def draw() -> None:
@@ -58,6 +61,7 @@ async def progress_bar(job_id: str, report: Callable[[], dict[str, Any]]) -> Asy
             yield
         finally:
             drawing.cancel()
+    log_output.drain()
 
 
 def run_job(handle: "Handler", *, quiet: bool) -> None:

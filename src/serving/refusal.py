@@ -1,7 +1,5 @@
 """What a worker does when it cannot start."""
 
-import os
-import sys
 import threading
 import time
 import traceback
@@ -12,6 +10,7 @@ import runpod
 from src.api import openai
 from src.errors import JobError, StartError, one_line
 from src.serving import worker_loop
+from src.serving.log_output import exit_now
 from src.settings import Settings
 
 SECONDS_BETWEEN_LINES = 60.0
@@ -28,16 +27,15 @@ def refuse_to_start(error: Exception, *, takes_jobs: bool) -> NoReturn:
             as unhealthy. If no restart can help, jobs would wait until their ttl, so the worker takes them and answers
             each with the reason.
     """
-    if not isinstance(error, StartError | JobError):
-        log.error("".join(traceback.format_exception(error)))
+    unexpected = error.__cause__ if isinstance(error, JobError) else error
+    if unexpected and not isinstance(error, StartError):
+        log.error("".join(traceback.format_exception(unexpected)))
     log.error(f"the worker cannot start: {one_line(error)}")
     if takes_jobs and isinstance(error, StartError) and not error.may_recover:
         _answer_jobs(one_line(error))
     elif takes_jobs:
         _report_unhealthy(error)
-    sys.stdout.flush()
-    # sys.exit() would join the engine's thread, which may never return
-    os._exit(1)
+    exit_now(1)
 
 
 def _answer_jobs(reason: str) -> None:

@@ -4,6 +4,8 @@ import os
 import signal
 from types import FrameType
 
+from src.serving.log_output import drain, exit_now
+
 
 def exit_on_signals() -> None:
     """Makes SIGTERM and Ctrl-C end the process at once, unless its parent made it ignore them.
@@ -16,7 +18,8 @@ def exit_on_signals() -> None:
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
+    drain()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
-    # only process 1 gets here; sys.exit() would join the engine's thread, which may never return
-    os._exit(128 + number)
+    # only process 1 gets here
+    exit_now(128 + number)

@@ -28,8 +28,9 @@ from runpod.serverless.modules.rp_logger import _set_batch_id
 from runpod.serverless.modules.worker_state import JobsProgress
 
 from src.errors import InvalidInput
-from src.serving import heartbeat, log_output
+from src.serving import heartbeat
 from src.serving.delivery import CONNECT_TIMEOUT, Outage, Rejected, Timing, deliver
+from src.serving.log_output import exit_now
 from src.serving.taken_jobs import Job, read_body, read_jobs
 from src.threads import start_pool
 
@@ -45,7 +46,6 @@ def serve(handle: Handler, max_concurrency: int) -> None:
     """Has the SDK call ``handle`` for each job. Returns when a local server stops; on the platform, never."""
     rp_scale.JobScaler = WorkerLoop
     heartbeat.install()
-    log_output.install()
     runpod.serverless.start({"handler": handle, "concurrency_modifier": lambda _: max_concurrency})
 
 
@@ -70,9 +70,7 @@ class WorkerLoop:
             loop.add_signal_handler(number, self._shutting_down.set)
         loop.run_until_complete(self.run())
         heartbeat.release()
-        log_output.drain()
-        # Python's own exit would wait for the engine's thread, which may be in a call that never ends
-        os._exit(self._exit_code)
+        exit_now(self._exit_code)
 
     async def run(self) -> None:
         """Takes and runs jobs; once it shuts down, it takes no more, and returns when all results are delivered."""

@@ -12,6 +12,8 @@ ENVIRONMENT = {
     # the warm-up picture already exercises GPU, driver and memory; the SDK's own checks would only delay the first job
     "RUNPOD_SKIP_GPU_CHECK": "true",
     "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
+    # drivers 525 and 530 would load every kernel of CUDA's libraries at once
+    "CUDA_MODULE_LOADING": "LAZY",
     # transformers warns at every import of optional packages that are not installed
     "TRANSFORMERS_VERBOSITY": "error",
 }

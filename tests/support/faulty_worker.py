@@ -50,7 +50,7 @@ def main() -> None:
             if "device-side assert" in prompt:
                 # an index out of bounds, on a CUDA device
                 torch.zeros(1, device=self.device)[torch.ones(1, dtype=torch.int64, device=self.device)]
-            if "poison" in prompt:
+            if "poison" in prompt or os.environ.get("ALWAYS_POISON"):
                 raise torch.AcceleratorError(f"CUDA error: an illegal memory access was encountered {SECRETS}")
             pause = self.unet.register_forward_pre_hook(lambda *_: time.sleep(STEP_SECONDS * ("slow" in prompt)))
             try:

@@ -18,6 +18,7 @@ from typing import Any
 import huggingface_hub
 
 import handler
+from src.serving import log_output
 from tests.support.processes import ROOT, users_environment
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -80,4 +81,8 @@ def _run_as_main(module: str, *arguments: str) -> None:
 
 def _call_handler(*arguments: str) -> None:
     sys.argv = ["handler.py", *arguments]
-    handler.main()
+    try:
+        handler.main()
+    finally:
+        # multiprocessing ends its processes without atexit
+        log_output.drain()
