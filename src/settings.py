@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from annotated_types import Ge, Le
 from pydantic import (
@@ -29,6 +30,12 @@ DEMO_MODEL_ID = "demo"
 """The embedded model."""
 
 
+_LABEL = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
+"""What botocore requires of a region, and of each part of a host's name. Importing it here would delay the start."""
+_HOST = rf"(?=.{{1,255}}$)({_LABEL}\.)*{_LABEL}\.?"
+_ACCESS_POINT = r"arn:aws.*:[0-9]{12}:(accesspoint|outpost)[/:][\w.:/-]+"
+
+
 def _digits(value: object) -> object:
     if isinstance(value, str) and not re.fullmatch(r"[+-]?[0-9]+", value):
         # int() and pydantic also accept 1_0 and the digits of other scripts
@@ -46,6 +53,36 @@ def _token(value: SecretStr) -> SecretStr:
     token = value.get_secret_value()
     if not (token.isascii() and token.isprintable()) or set(token) & set(" \"'`{}"):
         raise PydanticCustomError("secret", "must be a token alone, without spaces, quotes and control characters")
+    return value
+
+
+def _address(value: str) -> str:
+    if "@" in value:
+        raise PydanticCustomError("secret", "must hold no user and no password")
+    try:
+        url = urlsplit(value)
+        host = (url.hostname or "") if url.port != 0 else ""
+    except ValueError:
+        host = ""
+    if not (
+        (":" in host or re.fullmatch(_HOST, host))
+        and url.scheme in ("http", "https")
+        and re.fullmatch(r"[\w.~%!$&'()*+,;=:/-]*", url.path, re.ASCII)
+        and not (url.query or url.fragment)
+    ):
+        raise PydanticCustomError("bucket", "must be https:// or http:// and a host, perhaps with a port and a path")
+    return value
+
+
+def _bucket_name(value: str) -> str:
+    if not re.fullmatch(rf"[A-Za-z0-9][\w.-]{{0,254}}|{_ACCESS_POINT}", value, re.ASCII):
+        raise PydanticCustomError("bucket", "must be a name of letters, digits, dots, hyphens and underscores")
+    return value
+
+
+def _region(value: str) -> str:
+    if not re.fullmatch(_LABEL, value) or value.isdecimal():
+        raise PydanticCustomError("bucket", "must be a region such as us-east-1")
     return value
 
 
@@ -119,19 +156,21 @@ class Settings(BaseModel):
         title="Largest result",
         description="Largest result in bytes; the default is the platform's limit for `/run`",
     )
-    bucket_endpoint_url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = Field(
+    bucket_endpoint_url: Annotated[str, AfterValidator(_address)] | None = Field(
         None,
         title="Bucket endpoint URL",
         description="S3-compatible storage for pictures; with it, results hold links. Needs the next three too",
     )
-    bucket_access_key_id: Secret | None = Field(
+    bucket_access_key_id: Annotated[Secret, AfterValidator(_token)] | None = Field(
         None, title="Bucket access key ID", description="Access key ID for the bucket"
     )
     bucket_secret_access_key: Secret | None = Field(
         None, title="Bucket secret access key", description="Secret access key for the bucket"
     )
-    bucket_name: str | None = Field(None, title="Bucket name", description="The bucket's name")
-    bucket_region: str | None = Field(
+    bucket_name: Annotated[str, AfterValidator(_bucket_name)] | None = Field(
+        None, title="Bucket name", description="The bucket's name"
+    )
+    bucket_region: Annotated[str, AfterValidator(_region)] | None = Field(
         None,
         title="Bucket region",
         description="The region that requests are signed for. Default: from the address, else `us-east-1`",
@@ -178,7 +217,7 @@ def typo_hints(environment: Mapping[str, str] = os.environ) -> list[str]:
     lines = []
     for variable in environment.keys() - set(names):
         for near in difflib.get_close_matches(variable.upper(), names, n=1, cutoff=0.8):
-            lines.append(f"{variable} is not a setting: did you mean {near}?")
+            lines.append(f"{shortened(variable)} is not a setting: did you mean {near}?")
     return sorted(lines)
 
 
@@ -190,6 +229,8 @@ def _format_error(error: ErrorDetails) -> str:
     match error["type"]:
         case "secret":
             return f"{name.upper()}: {error['msg']}"
+        case "string_type" | "string_unicode":
+            return f"{name.upper()}: must be text in UTF-8"
         case "literal_error":
             message = f"must be {error['ctx']['expected']}".replace("'", "")
         case "bool_parsing":
@@ -197,8 +238,6 @@ def _format_error(error: ErrorDetails) -> str:
         case "int_parsing" | "int_parsing_size" | "greater_than_equal" | "less_than_equal":
             minimum, maximum = bounds(name)
             message = f"must be an integer from {minimum} to {maximum}"
-        case "string_pattern_mismatch":
-            message = "must begin with http:// or https:// and have no spaces"
         case _:
             message = error["msg"]
     return f"{name.upper()}={shortened(error['input'])}: {message}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any, get_args
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import boto3
 import pytest
@@ -232,6 +232,16 @@ def test_job_returns_links_in_place_of_pictures(
         picture = Image.open(io.BytesIO(requests.get(linked["image_url"], timeout=10).content))
         assert picture.text["parameters"].count(f"Seed: {given['seed']},") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("job_id", [".", "..", "../other", "/", "a/../b", "a b", "%2E", "é", "a\\b", "\udcff", "?x#y"])
+def test_pictures_of_any_job_are_in_a_folder_of_their_own(storage: Storage, job_id: str):
+    (link,) = asyncio.run(Bucket(settings()).upload_all([b"a PNG"], job_id, "png"))
+    assert requests.get(link, timeout=10).content == b"a PNG"
+    keys = [each["Key"] for each in storage.client.list_objects_v2(Bucket="pictures")["Contents"]]
+    folders = [unquote(key.removesuffix("/picture-1.png")) for key in keys if key.count("/") == 1]
+    assert job_id.replace("\udcff", "?") in folders
+    assert len([*filter(re.compile(r"(^|/)\.*(/|$)").search, keys)]) == 0
 
 
 @pytest.mark.parametrize("output_format", get_args(OutputFormat))

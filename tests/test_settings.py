@@ -4,9 +4,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import runpod
+from botocore.exceptions import BotoCoreError
+from pydantic import SecretStr
 
-from src.errors import StartError
+from src.errors import StartError, shortened
 from src.settings import Settings, typo_hints
+from tests.support.internals import sign_a_link
 
 
 def refusal(**environment: str) -> str:
@@ -14,6 +17,10 @@ def refusal(**environment: str) -> str:
         Settings.from_environment(environment)
     assert "\n" not in str(refused.value)
     return str(refused.value)
+
+
+def settings_of(environment: dict[str, str]) -> dict[str, object]:
+    return {name.lower(): SecretStr(value) if "ACCESS_KEY" in name else value for name, value in environment.items()}
 
 
 def test_empty_environment_gives_the_defaults():
@@ -73,7 +80,61 @@ def test_bucket_is_set_up_completely_or_not_at_all():
     said = refusal(BUCKET_ENDPOINT_URL="https://storage.example.com")
     assert said.startswith("BUCKET_ACCESS_KEY_ID, BUCKET_SECRET_ACCESS_KEY, BUCKET_NAME not set")
     assert refusal(BUCKET_REGION="auto").endswith("BUCKET_NAME not set: set all of BUCKET_* or none")
-    assert refusal(BUCKET_ENDPOINT_URL="storage.example.com").startswith("BUCKET_ENDPOINT_URL=storage.example.com: ")
+
+
+BUCKET = {
+    "BUCKET_ENDPOINT_URL": "https://s3.amazonaws.com",
+    "BUCKET_ACCESS_KEY_ID": "key",
+    "BUCKET_SECRET_ACCESS_KEY": "secret",
+    "BUCKET_NAME": "pictures",
+}
+REFUSED_BY_BOTOCORE = {
+    "BUCKET_ENDPOINT_URL": "a.b|//a.b|ftp://a.b|s3://pics|https:/a.b|https://|https:///x|http://my_minio:9000|http://[::1|"
+    "http://[zz]|https://<account>.r2.cloudflarestorage.com|https://a..b|https://-a.b|https://a.b:port|https://a.b:70000|"
+    f"https://a.b:-1|https://a.b/?x=1|https://*.b|https://a%20.b|https://é|https://{'a' * 64}.b|https://{'a.' * 128}b",
+    "BUCKET_NAME": f'my bucket|a/b|"a"|s3://a|{{{{ RUNPOD_SECRET_x }}}}|é|a\u200b|arn:aws:s3:::a|{"a" * 256}',
+    "BUCKET_REGION": f'"us-east-1"|[us-east-1]|us_east_1|us east|us.east|123|-a|{"a" * 64}',
+}
+REFUSED_BY_ANY_STORAGE = {
+    "BUCKET_ENDPOINT_URL": "https://a.b/<bucket>|https://a.b/c d|https://a.b/#x",
+    "BUCKET_NAME": ".|..|-a",
+    "BUCKET_ACCESS_KEY_ID": 'a b|"key"|ключ',
+}
+ACCEPTED = {
+    "BUCKET_ENDPOINT_URL": "HTTPS://a.b|http://[::1]:9000|http://minio:9000/|https://a.b.|https://x.supabase.co/storage/v1/s3",
+    "BUCKET_NAME": "a_b|A.b-c|arn:aws:s3:us-east-1:123456789012:accesspoint/mine",
+    "BUCKET_REGION": "auto|US-EAST-1|us-west-004",
+}
+
+
+def each(values: dict[str, str]) -> pytest.MarkDecorator:
+    pairs = [(name, value) for name, joined in values.items() for value in joined.split("|")]
+    return pytest.mark.parametrize(("name", "value"), pairs)
+
+
+@each(REFUSED_BY_BOTOCORE)
+def test_what_botocore_would_refuse_without_a_network_is_a_bad_setting(name: str, value: str):
+    with pytest.raises((ValueError, BotoCoreError)):
+        sign_a_link(Settings.model_construct(**settings_of(BUCKET | {name: value})))
+    assert refusal(**BUCKET | {name: value}).startswith(f"{name}={shortened(value)}: must be ")
+
+
+@each(REFUSED_BY_ANY_STORAGE)
+def test_what_no_storage_could_accept_is_a_bad_setting(name: str, value: str):
+    assert refusal(**BUCKET | {name: value}).startswith(name)
+
+
+@each(ACCEPTED)
+def test_what_botocore_accepts_is_accepted(name: str, value: str):
+    assert sign_a_link(Settings.from_environment(BUCKET | {name: value})).startswith("http")
+
+
+def test_no_part_of_a_secret_is_told():
+    assert refusal(**BUCKET | {"BUCKET_ENDPOINT_URL": "https://key:hidden@a.b"}) == (
+        "BUCKET_ENDPOINT_URL: must hold no user and no password"
+    )
+    for name in ("BUCKET_SECRET_ACCESS_KEY", "BUCKET_ACCESS_KEY_ID", "HF_TOKEN", "MODEL_ID"):
+        assert refusal(**BUCKET | {name: "hidden\udcff"}) == f"{name}: must be text in UTF-8"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +162,7 @@ def test_error_shortens_a_long_value():
 
 @pytest.mark.parametrize("name", [name.upper() for name in Settings.model_fields])
 def test_errors_are_never_in_the_validators_own_words(name: str):
-    for value in ("?", "-1", "9" * 5000, "a b"):
+    for value in ("?", "-1", "9" * 5000, "a b", "\udcff"):
         try:
             Settings.from_environment({name: value})
         except StartError as error:

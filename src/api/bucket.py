@@ -3,11 +3,11 @@
 import asyncio
 import re
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import boto3
+from botocore import exceptions
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
 
 from src.errors import JobError, shortened
 from src.settings import Settings
@@ -58,12 +58,16 @@ class Bucket:
         # threads of their own, so that a hung upload cannot block the encoding of other jobs
         self._threads = start_pool(MAX_UPLOADS, "upload")
 
-    async def upload_all(self, files: list[bytes], folder: str, output_format: str) -> list[str]:
-        """Stores a job's pictures one after another and returns a link to each.
+    async def upload_all(self, files: list[bytes], job_id: str, output_format: str) -> list[str]:
+        """Stores a job's pictures in its folder, one after another, and returns a link to each.
 
         Raises:
             JobError: as ``upload`` does.
         """
+        folder = quote(job_id, safe="", errors="replace")
+        if folder in (".", ".."):
+            # urllib3 would leave out such a folder
+            folder = folder.replace(".", "%2E")
         loop = asyncio.get_running_loop()
         return [
             await loop.run_in_executor(
@@ -84,10 +88,10 @@ class Bucket:
         """
         try:
             self._client.put_object(Bucket=self._name, Key=key, Body=file, ContentType=media_type)
-        except ClientError as error:
+        except exceptions.ClientError as error:
             code = error.response.get("Error", {}).get("Code", "unknown")
             raise JobError(f"the endpoint's bucket refused the picture: {shortened(code)}") from error
-        except BotoCoreError as error:
+        except (exceptions.ConnectionError, exceptions.HTTPClientError) as error:
             raise JobError("the endpoint's bucket could not be reached") from error
         link: str = self._client.generate_presigned_url(
             "get_object", Params={"Bucket": self._name, "Key": key}, ExpiresIn=LINK_SECONDS

@@ -12,6 +12,7 @@ import runpod
 import torch
 from runpod.serverless.modules import rp_ping
 
+from src.api.bucket import Bucket
 from src.generation.batch_runner import BatchRunner
 from src.generation.cuda_graphs import GraphedStep
 from src.generation.engine import Engine
@@ -19,6 +20,7 @@ from src.job_handler import JobHandler
 from src.serving import taken_jobs
 from src.serving.taken_jobs import Job
 from src.serving.worker_loop import WorkerLoop
+from src.settings import Settings
 from src.startup import prefetch
 
 
@@ -29,6 +31,12 @@ def runner_of(job_handler: JobHandler) -> BatchRunner:
 def finish_uploads(job_handler: JobHandler) -> None:
     """Waits until its bucket has finished or given up all uploads; it takes no more."""
     job_handler._bucket._threads.shutdown()
+
+
+def sign_a_link(settings: Settings) -> str:
+    """Has botocore do for a bucket all that it does without a network."""
+    bucket = Bucket(settings)
+    return bucket._client.generate_presigned_url("put_object", Params={"Bucket": bucket._name, "Key": "a/b.png"})
 
 
 def read_ahead(files: Iterable[Path]) -> None:
