@@ -194,6 +194,23 @@ def test_progress_grows_from_zero_to_one_across_batches():
     assert seen == pytest.approx([i / 10 * 2 / 3 for i in range(10)] + [2 / 3 + i / 10 / 3 for i in range(11)])
 
 
+def test_progress_does_not_go_back_when_a_batch_is_run_again():
+    progress, seen = Progress(), []
+
+    class FailsTogether(StandIn):
+        def run(self, requests: Any, seeds: Any, after_step: Callable[[float], None]) -> Any:
+            after_step(0.5)
+            seen.append(progress.share)
+            if len(requests) > 1:
+                raise RuntimeError("CUDA out of memory")
+            after_step(0.25)
+            seen.append(progress.share)
+            return super().run(requests, seeds, after_step)
+
+    asyncio.run(Engine(FailsTogether(), 2).generate(request(num_images=2), progress))
+    assert seen == [0.5, 0.5, 0.5, 0.75, 0.75]
+
+
 def out_of_memory_above(images: int) -> StandIn:
     return fail_with(RuntimeError("CUDA out of memory"), when=lambda requests: len(requests) > images)
 
@@ -206,7 +223,7 @@ def test_out_of_memory_halves_a_batch_until_it_fits():
     assert runner.released == 2
 
 
-def test_batch_size_that_did_not_fit_is_remembered_per_picture_size():
+def test_batch_size_that_fitted_is_remembered_per_picture_size():
     runner = out_of_memory_above(3)
     engine = Engine(runner, 8)
     sizes = []
@@ -215,8 +232,16 @@ def test_batch_size_that_did_not_fit_is_remembered_per_picture_size():
         results = generate_together(engine, *(request(num_images=4, width=width) for _ in "ab"))
         assert all(len(result.pictures) == 4 for result in results)
         sizes.append([len(batch) for batch in runner.batches])
-    # eight and then four did not fit, so later batches of that size have at most three images
-    assert sizes == [[8, 4, 2, 2, 2, 2], [3, 3, 2], [3, 3, 2], [8, 4, 2, 2, 2, 2]]
+    # eight and then four did not fit, but two did
+    assert sizes == [[8, 4, 2, 2, 2, 2], [2] * 4, [2] * 4, [8, 4, 2, 2, 2, 2]]
+
+
+def test_larger_half_that_fitted_is_remembered():
+    runner = out_of_memory_above(3)
+    engine = Engine(runner, 5)
+    for _ in "ab":
+        generate_together(engine, request(num_images=2), request(num_images=3))
+    assert [len(batch) for batch in runner.batches] == [5, 2, 3, 3, 2]
 
 
 def test_single_image_that_did_not_fit_is_tried_again_when_asked_again():

@@ -1,15 +1,46 @@
-"""The stall watch in a process that is frozen and continued."""
+"""The stall watch: between batches, and in a process that is frozen and continued."""
 
 import signal
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from src.generation import stall_watch
+from src.generation.stall_watch import StallWatch
 from tests.support.processes import ROOT
 
 TIMEOUT = 1.0
+
+
+def test_only_time_within_one_batch_counts(monkeypatch: pytest.MonkeyPatch):
+    stalled, ended, next_one = threading.Event(), threading.Semaphore(0), threading.Semaphore(0)
+
+    def sleep(_: float) -> None:
+        ended.release()
+        next_one.acquire(timeout=10)
+
+    def pass_time(intervals: int) -> None:
+        for _ in range(intervals):
+            next_one.release()
+            assert ended.acquire(timeout=10)
+
+    monkeypatch.setattr(stall_watch, "time", SimpleNamespace(sleep=sleep))
+    watch = StallWatch(4 * stall_watch.INTERVAL, stalled.set)
+    assert ended.acquire(timeout=10)
+    pass_time(9)
+    for _ in "ab":
+        with watch:
+            pass_time(4)
+            watch.step()
+            pass_time(4)
+    with watch:
+        pass_time(4)
+        next_one.release()
+        assert stalled.wait(10)
 
 
 @pytest.mark.process

@@ -43,7 +43,7 @@ class Engine:
 
     When the device is free, the engine takes the oldest waiting image, and with it every other waiting image that has
     the same ``batch_key``, oldest first, up to ``max_batch_images``. After a batch has run out of memory, batches of
-    the same width and height stay smaller.
+    the same width and height stay as small as the parts that were then tried, until the worker ends.
 
     If no step completes within ``stall_timeout`` (encoding and decoding included), the device counts as lost: its call
     may never return, and then neither does the engine's thread.
@@ -64,7 +64,7 @@ class Engine:
         self._running: list[PendingImage] = []
         self._lock = threading.Lock()
         self._fitting_images: dict[tuple[int, int], int] = {}
-        """By width and height, the number of images that may still fit after a batch ran out of memory."""
+        """By width and height, the number of images to try in a batch after a larger one ran out of memory."""
         self._device_error: Exception | None = None
         self.model_name = runner.model_name
         self.limits = runner.limits
@@ -168,8 +168,9 @@ class Engine:
                 fault.__cause__ = error
                 batch[0].pending.fail(fault)
                 return []
-            self._fitting_images[request.width, request.height] = len(batch) - 1
-            return _halves(batch)
+            halves = _halves(batch)
+            self._fitting_images[request.width, request.height] = max(map(len, halves))
+            return halves
         if cuda_errors.is_device_lost(error):
             self._device_error = error
             return [batch]
