@@ -16,7 +16,7 @@ from src.api import openai
 from src.api.bucket import Bucket
 from src.api.limits import ModelLimits
 from src.api.request import ImageRequest
-from src.errors import JobError
+from src.errors import InvalidInput, JobError
 from src.generation.engine import Engine
 from src.job_handler import JobHandler
 from src.settings import Settings
@@ -74,6 +74,7 @@ def test_model_list_has_the_one_model(images: OpenAI):
         ({"n": 9}, "n", "invalid input: n: must be at most 4, got 9"),
         ({"size": "65x64"}, "size", "invalid input: size: must be a multiple of 8, got 65"),
         ({"size": "512x512"}, "size", "invalid input: size: must be at most 256, got 512"),
+        ({"stream": True}, "stream", "invalid input: stream: not supported"),
         ({"size": "large"}, "size", "invalid input: size: must be auto or such as 512x512, got large"),
         (
             {"response_format": "url"},
@@ -173,6 +174,12 @@ def test_malformed_body_is_logged_and_refused_in_openais_format(
             {"width": 1024, "height": 1024, "num_images": 1},
             id="LibreChat's dalle",
         ),
+        pytest.param({"model": "gpt-image-1", "stream": False, "partial_images": 0}, {}, id="TanStack AI"),
+        pytest.param(
+            {"n": None, "size": "auto", "num_images": 2, "width": 64},
+            {"num_images": 2, "width": 64},
+            id="ours beside nothing of OpenAI's",
+        ),
     ],
 )
 def test_request_of_a_known_client_is_accepted(body: dict[str, Any], fields: dict[str, Any]):
@@ -180,6 +187,38 @@ def test_request_of_a_known_client_is_accepted(body: dict[str, Any], fields: dic
     job_input, _ = openai.read_input(call, has_bucket=False)
     assert job_input == {"prompt": "the sea"} | fields
     ImageRequest.parse(job_input, ModelLimits(native_size=512, max_size=1024, scheduler="PNDM"))
+
+
+@pytest.mark.parametrize(
+    ("body", "faults"),
+    [
+        ({"stream": True}, ["stream: not supported"]),
+        ({"partial_images": 2, "stream": "false"}, ["partial_images: not supported", "stream: not supported"]),
+        ({"n": 2, "num_images": 3}, ["n: contradicts num_images, send one of them"]),
+        (
+            {"output_compression": 50, "output_quality": 60},
+            ["output_compression: contradicts output_quality, send one of them"],
+        ),
+        (
+            {"size": "64x64", "width": 64, "height": 64},
+            ["size: contradicts width, send one of them", "size: contradicts height, send one of them"],
+        ),
+        ({"size": ""}, ["size: must be auto or such as 512x512, got an empty string"]),
+        (
+            {"response_format": "", "size": [64]},
+            [
+                "response_format: must be b64_json, since this endpoint has no bucket, got an empty string",
+                "size: must be auto or such as 512x512, got a list",
+            ],
+        ),
+    ],
+)
+def test_what_is_not_supported_or_contradicts_itself_is_refused(body: dict[str, Any], faults: list[str]):
+    call = {"openai_route": openai.IMAGES, "openai_input": {"prompt": "the sea"} | body}
+    with pytest.raises(InvalidInput) as refused:
+        openai.read_input(call, has_bucket=False)
+    assert list(refused.value.faults) == faults
+    assert openai.word_error(refused.value)["param"] == faults[0].split(":")[0]
 
 
 def test_lost_device_is_a_server_error_and_replaces_the_worker():

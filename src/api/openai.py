@@ -10,12 +10,15 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from src.errors import InvalidInput, JobError, shortened
+from src.api.messages import quoted
+from src.errors import InvalidInput, JobError
 
 IMAGES, MODELS = "/v1/images/generations", "/v1/models"
 """The supported routes."""
-NAMES = {"n": "num_images", "output_compression": "output_quality"}
+NAMES = {"n": ["num_images"], "output_compression": ["output_quality"], "size": ["width", "height"]}
 """OpenAI's names for fields that are called otherwise here."""
+NOT_SUPPORTED = ("partial_images", "stream")
+"""OpenAI's fields that may only be 0 or false."""
 WITHOUT_EFFECT = {"background", "complexity", "model", "moderation", "quality", "safety_identifier", "style", "user"}
 """OpenAI's fields that mean nothing here. There is only one model, whatever ``model`` says."""
 
@@ -53,25 +56,31 @@ def read_input(call: Any, has_bucket: bool) -> tuple[object, bool]:
     """Converts the input of a job that came through OpenAI's API, as a ``ReadInput``.
 
     Raises:
-        InvalidInput: if the route is none of the supported ones, or if ``size`` or ``response_format`` is invalid.
+        InvalidInput: if the route is none of the supported ones, or naming what is wrong with OpenAI's own fields.
     """
     if call["openai_route"] != IMAGES:
         raise InvalidInput(f"no such route, there are {IMAGES} and {MODELS}")
     body = call.get("openai_input")
     if not isinstance(body, dict):
         return body, False
-    wanted = body.get("response_format")
+    fields = {name: value for name, value in body.items() if value is not None and name not in WITHOUT_EFFECT}
+    faults = [f"{name}: not supported" for name in NOT_SUPPORTED if fields.pop(name, 0) not in (0, False)]
+    wanted, size = fields.pop("response_format", None), fields.get("size", "auto")
     if wanted not in (None, "b64_json", "url") or (wanted == "url" and not has_bucket):
         allowed = "b64_json or url" if has_bucket else "b64_json, since this endpoint has no bucket"
-        raise InvalidInput(f"response_format: must be {allowed}, got {shortened(wanted)}")
-    no_fields = WITHOUT_EFFECT | {"response_format", "size"}
-    fields = {NAMES.get(name, name): value for name, value in body.items() if name not in no_fields}
-    size = body.get("size")
-    if size not in (None, "auto"):
-        match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size) if isinstance(size, str) else None
-        if not match:
-            raise InvalidInput(f"size: must be auto or such as 512x512, got {shortened(size)}")
+        faults.append(f"response_format: must be {allowed}, got {quoted(wanted)}")
+    if size == "auto":
+        fields.pop("size", None)
+    for theirs, ours in NAMES.items():
+        if theirs in fields:
+            faults += [f"{theirs}: contradicts {name}, send one of them" for name in ours if name in fields]
+            fields |= dict.fromkeys(ours, fields.pop(theirs))
+    if match := re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size) if isinstance(size, str) else None:
         fields |= {"width": int(match[1]), "height": int(match[2])}
+    elif size != "auto":
+        faults.append(f"size: must be auto or such as 512x512, got {quoted(size)}")
+    if faults:
+        raise InvalidInput(*faults)
     return fields, wanted != "b64_json"
 
 
@@ -84,7 +93,7 @@ def word_error(error: JobError) -> dict[str, Any]:
     """Puts a job's error into OpenAI's shape, with OpenAI's names of the fields."""
     message, fields = str(error), list[str]()
     if isinstance(error, InvalidInput):
-        theirs = {ours: name for name, ours in NAMES.items()} | {"width": "size", "height": "size"}
+        theirs = {name: openais for openais, ours in NAMES.items() for name in ours}
         renamed = [re.sub(r"^\w+(?=: )", lambda name: theirs.get(name[0], name[0]), fault) for fault in error.faults]
         # one value of size can be wrong for both width and height
         message = str(InvalidInput(*dict.fromkeys(renamed)))
