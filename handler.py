@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from src.settings import Settings
 
 NO_PICTURE = (
-    "its first picture is NaN: its weights are damaged, or do not fit into float16, in which a GPU runs them "
-    "(most often the VAE's: use one that was made for float16)"
+    "its first picture is NaN: its weights are damaged, or exceed the range of float16, which a GPU uses "
+    "(usually the VAE's: use one that was made for float16)"
 )
 
 

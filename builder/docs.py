@@ -70,7 +70,7 @@ def output_table() -> str:
     """Returns the README's table of the output's fields, for one image."""
     rows = ["| field | meaning |", "|---|---|"]
     for name, field in TypeAdapter(OneImage).json_schema()["properties"].items():
-        rows.append(f"| `{name}` | {field.get('description', 'As used, whether given or by default')} |")
+        rows.append(f"| `{name}` | {field.get('description', 'The value that was used, given or default')} |")
     return "\n".join(rows)
 
 

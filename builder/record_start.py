@@ -35,13 +35,13 @@ def record() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Record which files a start reads.")
-    parser.add_argument("--output", type=Path, required=True, help="file to write, a path a line")
+    parser.add_argument("--output", type=Path, required=True, help="file to write, one path per line")
     output: Path = parser.parse_args().output
     files = record()
     output.write_text("".join(f"{file}\n" for file in files))
     print(f"{output}: {len(files)} files, {sum(Path(file).stat().st_size for file in files) / 2**20:.0f} MiB")
     sys.stdout.flush()
-    # Python's own exit would wait for threads that have nothing left to do
+    # a normal exit would wait for threads that have nothing left to do
     os._exit(0)
 
 

@@ -2,7 +2,7 @@
 # usage: generate.sh PROMPT [-o FILE] [FIELD=VALUE ...]
 #
 # Generates a picture and saves it as FILE (default: picture.png); several become picture-1.png, ...
-# FIELD=VALUE is any field of the request, such as seed=7 or num_images=2. FILE's ending sets output_format.
+# FIELD=VALUE is any field of the request, such as seed=7 or num_images=2. FILE's extension sets output_format.
 #
 # The endpoint is that of ENDPOINT_ID and RUNPOD_API_KEY, or ENDPOINT_URL, such as http://localhost:8000.
 # Needs bash, curl 7.71 or newer, and python3.
@@ -16,7 +16,7 @@ die() { printf '%sgenerate.sh: %s\n' "$clear" "$1" >&2; exit "${2:-1}"; }
 arguments=("$1") output=''
 while shift && (($#)); do
     case $1 in
-    -o) [[ -n ${2:-} ]] || die '-o needs the name of a file'; output=$2; shift ;;
+    -o) [[ -n ${2:-} ]] || die '-o needs a file name'; output=$2; shift ;;
     *=*) arguments+=("$1") ;;
     *) die "$1 is not FIELD=VALUE; a prompt of several words needs quotes" ;;
     esac
@@ -54,7 +54,7 @@ read_answer() {
     answer=$(trap '' INT && python3 -c 'import json, sys
 job = json.load(sys.stdin)
 print(job["id"], job["status"], job.get("error") or (job.get("output") or {}).get("progress", ""))
-' <"$work/answer" 2>"$work/error") || die 'this is not an answer of RunPod: check ENDPOINT_URL'
+' <"$work/answer" 2>"$work/error") || die 'this is not an answer from RunPod: check ENDPOINT_URL'
     read -r job state detail <<<"$answer"
 }
 

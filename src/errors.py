@@ -1,7 +1,7 @@
 """The two kinds of errors that are written for people: for clients, and for the operator."""
 
 MAX_QUOTED_CHARACTERS = 40
-"""The most that an error quotes of a value."""
+"""How many characters of a value an error quotes at most."""
 
 
 class JobError(Exception):
@@ -51,7 +51,7 @@ def one_line(error: BaseException) -> str:
 
 
 def shortened(value: object) -> str:
-    """Formats ``value``, which comes from outside, to be quoted in an error: in one line, cut if it is long."""
+    """Formats a value from outside for quoting in an error: on one line, cut if it is long."""
     if isinstance(value, int) and value.bit_length() > 128:
         return "a huge number"
     text = str(value)
@@ -59,5 +59,5 @@ def shortened(value: object) -> str:
 
 
 def _printable(text: str) -> str:
-    """Replaces control characters, separators of lines, invisible characters and lone surrogates."""
+    """Replaces control characters, line separators, invisible characters and lone surrogates."""
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -25,7 +25,7 @@ from src.errors import StartError, shortened
 
 DEFAULT_MODEL_ID = "CompVis/stable-diffusion-v1-4"
 DEFAULT_MODEL_REVISION = "133a221b8aa7292a167afc5127cb63fb5005638b"
-"""The commit of ``DEFAULT_MODEL_ID`` that the worker was made for."""
+"""The commit of ``DEFAULT_MODEL_ID`` that is used by default."""
 DEMO_MODEL_ID = "demo"
 """The embedded model."""
 
@@ -45,14 +45,14 @@ def _digits(value: object) -> object:
 
 def _filled_in(value: SecretStr) -> SecretStr:
     if "RUNPOD_SECRET_" in value.get_secret_value():
-        raise PydanticCustomError("secret", "must be a secret of your account: RunPod has found none of that name")
+        raise PydanticCustomError("secret", "must be a secret of your account: RunPod found none with that name")
     return value
 
 
 def _token(value: SecretStr) -> SecretStr:
     token = value.get_secret_value()
     if not (token.isascii() and token.isprintable()) or set(token) & set(" \"'`{}"):
-        raise PydanticCustomError("secret", "must be a token alone, without spaces, quotes and control characters")
+        raise PydanticCustomError("secret", "must be just a token, without spaces, quotes or control characters")
     return value
 
 
@@ -128,7 +128,7 @@ class Settings(BaseModel):
     safety_checker: bool = Field(
         True,
         title="Safety checker",
-        description="With `false`, pictures are not checked and none is blanked",
+        description="With `false`, pictures are not checked, and none are blanked",
         json_schema_extra={"advanced": False},
     )
     max_concurrency: Integer = Field(
@@ -159,7 +159,7 @@ class Settings(BaseModel):
     bucket_endpoint_url: Annotated[str, AfterValidator(_address)] | None = Field(
         None,
         title="Bucket endpoint URL",
-        description="S3-compatible storage for pictures; with it, results hold links. Needs the next three too",
+        description="S3-compatible storage for pictures; results then hold links. Requires the next three as well",
     )
     bucket_access_key_id: Annotated[Secret, AfterValidator(_token)] | None = Field(
         None, title="Bucket access key ID", description="Access key ID for the bucket"
@@ -212,7 +212,7 @@ def bounds(name: str) -> tuple[int, int]:
 
 
 def typo_hints(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """A line for each environment variable whose name is almost that of a setting."""
+    """Returns a line for each environment variable whose name is almost that of a setting."""
     names = [name.upper() for name in Settings.model_fields]
     lines = []
     for variable in environment.keys() - set(names):
@@ -244,7 +244,7 @@ def _format_error(error: ErrorDetails) -> str:
 
 
 def on_runpod(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is a worker of a RunPod endpoint: those are given an address to take jobs from."""
+    """Whether this is a worker of a RunPod endpoint: these are given an address to take jobs from."""
     return bool(environment.get("RUNPOD_WEBHOOK_GET_JOB"))
 
 

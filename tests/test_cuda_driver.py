@@ -84,9 +84,9 @@ def test_driver_is_detected_with_and_without_a_device(
             Driver("550.54.14", "12.4"),
             "13.0",
             "the host's driver 550.54.14 runs CUDA up to 12.4, and PyTorch is built for CUDA 13.0: "
-            "let the endpoint have hosts of CUDA 13.0 and newer",
+            "restrict the endpoint to hosts with CUDA 13.0 or newer",
         ),
-        (Driver(None, "11.8"), "12.6", "the host's driver runs CUDA up to 11.8, .*hosts of CUDA 12.0 and newer"),
+        (Driver(None, "11.8"), "12.6", "the host's driver runs CUDA up to 11.8, .*hosts with CUDA 12.0 or newer"),
         (
             Driver("550.54.14", "12.4"),
             "12.6",

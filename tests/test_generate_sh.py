@@ -120,7 +120,7 @@ def test_local_server_of_the_sdk_works_as_an_endpoint(local_server: str, platfor
         (["the sea", "width=65"], {}, r"job [\w-]+ ended as FAILED: invalid input: width: must be a multiple of 8, .*"),
         (["the", "sea"], {}, "sea is not FIELD=VALUE; a prompt of several words needs quotes"),
         (["the sea", "--seed", "3"], {}, "--seed is not FIELD=VALUE; .*"),
-        (["the sea", "-o"], {}, "-o needs the name of a file"),
+        (["the sea", "-o"], {}, "-o needs a file name"),
         ([], {}, "the prompt comes first, see --help"),
         (["-o", "sea.png", "the sea"], {}, "the prompt comes first, see --help"),
         (["the sea", "-o", "nowhere/sea.png"], {}, "cannot write nowhere/sea.png"),
@@ -168,7 +168,7 @@ def test_answer_that_is_not_from_runpod_is_reported(tmp_path: Path):
     with serving() as platform:
         platform.faults += [Fault("/run", text="<html>")]
         error = error_of(generate(platform, tmp_path, "the sea"))
-    assert error == "this is not an answer of RunPod: check ENDPOINT_URL"
+    assert error == "this is not an answer from RunPod: check ENDPOINT_URL"
 
 
 def test_status_is_asked_for_again_while_the_endpoint_is_busy_or_broken(

@@ -95,7 +95,7 @@ def test_bad_request_is_an_error_in_openais_format(images: OpenAI, fields: dict[
 
 
 def test_error_for_another_route_names_the_supported_routes(images: OpenAI):
-    with pytest.raises(BadRequestError, match="no such route, there are /v1/images/generations and /v1/models"):
+    with pytest.raises(BadRequestError, match="no such route; the routes are /v1/images/generations and /v1/models"):
         images.chat.completions.create(model="demo", messages=[{"role": "user", "content": "hello"}])
 
 

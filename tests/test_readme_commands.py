@@ -54,7 +54,7 @@ def test_command_works(
         ("localhost:8000", local_server.removeprefix("http://")),
         (".venv/bin/python", sys.executable),
         ("examples/", f"{ROOT}/examples/"),
-        # which finds packages beside itself
+        # which finds packages next to itself
         (f"node {ROOT}/examples/generate.mjs", f"cp {ROOT}/examples/generate.mjs . && node generate.mjs"),
     ):
         command = command.replace(shown, here)

@@ -212,10 +212,10 @@ def test_bad_values_are_reported_together_and_the_token_never():
 
 @pytest.mark.parametrize("value", ["hf_a hf_b", "hf_\x1b[1m", "hf_a\nhf_b", '"hf_a"', "'hf_a'", "hf_\u200ba"])
 def test_token_that_no_http_header_can_hold_is_refused_without_its_value(value: str):
-    assert refusal(HF_TOKEN=value) == "HF_TOKEN: must be a token alone, without spaces, quotes and control characters"
+    assert refusal(HF_TOKEN=value) == "HF_TOKEN: must be just a token, without spaces, quotes or control characters"
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY"])
 def test_secret_that_runpod_has_not_filled_in_is_refused(name: str):
     said = refusal(**{name: "{{ RUNPOD_SECRET_token }}"})
-    assert said == f"{name}: must be a secret of your account: RunPod has found none of that name"
+    assert said == f"{name}: must be a secret of your account: RunPod found none with that name"

@@ -1,7 +1,7 @@
 """What people say of a scene: many ways to ask for the same picture.
 
-``caption`` writes one at random, and ``nonsense`` one that names nothing the model can draw. Matter that means
-nothing to the model (places, "highly detailed", words at random) is mixed in, so that it learns to pass over it.
+``caption`` writes one at random, and ``nonsense`` one that names nothing the model can draw. Filler that
+means nothing to the model (places, "highly detailed", random words) is mixed in, so that it learns to ignore it.
 """
 
 import json

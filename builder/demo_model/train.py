@@ -1,8 +1,8 @@
 """Trains the embedded model: ``python -m builder.demo_model.train``.
 
-Four stages, each of which goes on from its last checkpoint when it is run again:
+Four stages, each of which resumes from its last checkpoint when it is run again:
 
-1. text encoder: a CLIP tokenizer and text encoder, trained to tell what a caption asks for. Captions cost nothing
+1. text encoder: a CLIP tokenizer and text encoder, trained to recognize what a caption asks for. Captions cost nothing
    next to pictures, so words and word order are learned here, before the first picture is seen;
 2. pictures: paint the training scenes;
 3. autoencoder: 128 x 128 pictures to 8 x 16 x 16 latents and back;
@@ -92,7 +92,7 @@ def fit(
 ) -> None:
     """Trains ``model`` for ``steps`` steps with AdamW and a one-cycle schedule, from its checkpoint where there is one.
 
-    Each step draws all its random numbers from a seed of its own, so a resumed run equals an uninterrupted one.
+    Each step draws all its random numbers from its own seed, so a resumed run equals an uninterrupted one.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.08)
@@ -210,8 +210,8 @@ def train_text_encoder(tokenizer: CLIPTokenizer, build: Path) -> CLIPTextModel:
 def train_vae(pictures: np.ndarray, build: Path) -> AutoencoderKL:
     """The autoencoder, its scaling factor set so that latents have unit variance.
 
-    The posterior's noise gives the latents an even spread first; then it is all but taken away, to sharpen edges. At
-    last the decoder goes on alone, on latents that are settled.
+    At first the posterior's noise spreads the latents evenly; then it is nearly removed to sharpen edges. Finally the
+    decoder alone is trained further, while the latents stay fixed.
     """
     channels = (16, 32, 64, 96)
     vae = AutoencoderKL(
@@ -360,7 +360,7 @@ def train(build: Path, export: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the embedded model; run again to go on after a stop.")
+    parser = argparse.ArgumentParser(description="Train the embedded model; run again to resume after an interruption.")
     parser.add_argument("--build", type=Path, default=Path(__file__).parent / "build", help="pictures and checkpoints")
     parser.add_argument("--export", type=Path, default=Path("src/model/demo"), help="where the finished model goes")
     arguments = parser.parse_args()

@@ -18,7 +18,7 @@ LINK_SECONDS = 7 * 24 * 3600
 DEFAULT_REGION = "us-east-1"
 """The region that requests are signed for if the storage has none, as in boto3."""
 MAX_UPLOADS = 32
-"""At once. More than a worker has jobs, because a cancelled job's upload goes on until it times out."""
+"""At once. More than a worker's jobs, because a cancelled job's upload continues until it times out."""
 
 
 class Bucket:
@@ -53,9 +53,9 @@ class Bucket:
             ),
         )
 
-        # with a storage that redirects every request, boto3 would look for the bucket's region for ever
+        # if a storage redirects every request, boto3 would look for the bucket's region endlessly
         self._client.meta.events.register_first("needs-retry.s3", _refuse_redirect)
-        # threads of their own, so that a hung upload cannot block the encoding of other jobs
+        # separate threads, so that a hung upload cannot block the encoding of other jobs
         self._threads = start_pool(MAX_UPLOADS, "upload")
 
     async def upload_all(self, files: list[bytes], job_id: str, output_format: str) -> list[str]:
@@ -103,7 +103,7 @@ def _refuse_redirect(response: tuple[Any, dict[str, Any]] | None, **_: Any) -> N
     """A handler of botocore's event ``needs-retry``.
 
     Args:
-        response: the HTTP response, and what botocore read in it; None if there was none.
+        response: the HTTP response, and what botocore parsed from it; None if there was none.
     """
     if not response or not 300 <= response[0].status_code < 400:
         return

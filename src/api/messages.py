@@ -27,7 +27,7 @@ OTHER_NAMES = {
     "scheduler": "sample_method sampler sampler_index sampler_name sampler_type sampling_method scheduler_class "
     "scheduler_name scheduler_type",
 }
-"""For each of our fields, what web UIs and other workers and APIs call it, if that is too different for guessing."""
+"""What web UIs, other workers and APIs call our fields, where that is too different for fuzzy matching."""
 
 _FIELD_OF_OTHER_NAME = {name.replace("_", ""): field for field, names in OTHER_NAMES.items() for name in names.split()}
 

@@ -16,7 +16,7 @@ from src.errors import InvalidInput, JobError
 IMAGES, MODELS = "/v1/images/generations", "/v1/models"
 """The supported routes."""
 NAMES = {"n": ["num_images"], "output_compression": ["output_quality"], "size": ["width", "height"]}
-"""OpenAI's names for fields that are called otherwise here."""
+"""OpenAI's names for fields that have other names here."""
 NOT_SUPPORTED = ("partial_images", "stream")
 """OpenAI's fields that may only be 0 or false."""
 WITHOUT_EFFECT = {"background", "complexity", "model", "moderation", "quality", "safety_identifier", "style", "user"}
@@ -56,10 +56,10 @@ def read_input(call: Any, has_bucket: bool) -> tuple[object, bool]:
     """Converts the input of a job that came through OpenAI's API, as a ``ReadInput``.
 
     Raises:
-        InvalidInput: if the route is none of the supported ones, or naming what is wrong with OpenAI's own fields.
+        InvalidInput: if the route is not supported, or naming what is wrong with OpenAI's own fields.
     """
     if call["openai_route"] != IMAGES:
-        raise InvalidInput(f"no such route, there are {IMAGES} and {MODELS}")
+        raise InvalidInput(f"no such route; the routes are {IMAGES} and {MODELS}")
     body = call.get("openai_input")
     if not isinstance(body, dict):
         return body, False

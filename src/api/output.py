@@ -20,7 +20,7 @@ class OutputImage(TypedDict):
     image: Annotated[NotRequired[str], Field(description="The picture's file in base64, without a `data:` prefix")]
     image_url: Annotated[
         NotRequired[str],
-        Field(description="With a bucket, in place of `image`: a link to the file that works for a week"),
+        Field(description="With a bucket, instead of `image`: a link to the file, valid for a week"),
     ]
     seed: Annotated[int, Field(description="The seed that generates this picture again")]
     nsfw_content_detected: Annotated[
@@ -37,10 +37,10 @@ OutputParameters = TypedDict(
         **{name: ImageRequest.model_fields[name].annotation for name in SHARED_FIELDS},  # type: ignore[misc]
         "model": Annotated[str, Field(description="The model's name")],
         "output_format": Annotated[
-            NotRequired[OutputFormat], Field(description="The picture's file format; left out for `png`")
+            NotRequired[OutputFormat], Field(description="The picture's file format; omitted for `png`")
         ],
         "warnings": Annotated[
-            NotRequired[list[str]], Field(description="What the client should know; left out when empty")
+            NotRequired[list[str]], Field(description="What the client should know; omitted if there is nothing")
         ],
     },
 )
@@ -84,7 +84,7 @@ def job_output(
     Args:
         request: the job's request.
         pictures: the generated pictures, in the order of the seeds.
-        warnings: for the client, beside those about blanked pictures.
+        warnings: for the client, apart from those about blanked pictures.
         model_name: the name that clients see.
         max_result_bytes: the largest result that the platform accepts, in bytes.
         links: where each picture is stored; without links, the output holds the pictures.

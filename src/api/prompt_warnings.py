@@ -1,10 +1,10 @@
-"""What a client should know about a prompt: what is not used of it."""
+"""Warnings about the parts of a prompt that have no effect."""
 
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-NOT_UNDERSTOOD = "prompt: the embedded model knows few of these words, it draws landscapes and plain shapes only"
+NOT_UNDERSTOOD = "prompt: the embedded model knows few of these words; it draws only landscapes and plain shapes"
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,9 @@ def truncation_warning(field: str, text: str, starts: list[int], max_tokens: int
 
     Args:
         field: the field that has the text.
-        text: what was asked for.
-        starts: for each of the text's tokens, including the one at its begin and the one at its end, where in ``text``
-            it begins.
-        max_tokens: how many of these the text encoder reads.
+        text: its content.
+        starts: where in ``text`` each of its tokens begins, including the start and the end token.
+        max_tokens: how many tokens the text encoder reads.
     """
     if len(starts) <= max_tokens:
         return []

@@ -105,7 +105,7 @@ class ImageRequest(BaseModel):
     num_images: Annotated[Integer, PerImage] = Field(1, ge=1, le=MAX_IMAGES, description="Number of images")
     output_format: Annotated[OutputFormat, PerImage] = Field("png", description="The picture's file format")
     output_quality: Annotated[Integer, PerImage] = Field(
-        90, ge=1, le=100, description="Quality of `jpeg` and `webp`; `png` loses nothing"
+        90, ge=1, le=100, description="Quality of `jpeg` and `webp`; `png` is lossless"
     )
     scheduler: str = Field(description="Sampler; by default the model's own")
 

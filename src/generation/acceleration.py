@@ -1,4 +1,4 @@
-"""What makes a loaded pipeline faster or smaller: decoding by image, attention slicing, CUDA graphs."""
+"""What makes a loaded pipeline faster or smaller: decoding image by image, attention slicing, CUDA graphs."""
 
 from diffusers import StableDiffusionPipeline
 

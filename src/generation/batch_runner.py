@@ -39,7 +39,7 @@ class BatchRunner:
         pipe: loaded, on its device.
         model_name: the name that clients see.
         graphs: the UNet's CUDA graphs, if they are used.
-        vocabulary: the words that the model knows, if they are few.
+        vocabulary: the words that the model knows, if it knows only a few.
     """
 
     def __init__(

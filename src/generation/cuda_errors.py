@@ -13,7 +13,7 @@ OUT_OF_MEMORY = (
     "STATUS_ALLOC_FAILED",
     # cuDNN 9
     "DEVICE_ALLOCATION_FAILED",
-    # PyTorch, when every engine that cuDNN offers asks for more than there is
+    # PyTorch, when every engine that cuDNN offers needs more memory than there is
     "unable to find an engine to execute this computation",
 )
 """Parts of the messages of out-of-memory errors."""

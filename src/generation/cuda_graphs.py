@@ -161,7 +161,7 @@ class Capture:
                     step(*static)
             current.wait_stream(self._side)
             try:
-                # thread_local, so that threads that encode pictures can go on meanwhile
+                # thread_local, so that threads that encode pictures can continue meanwhile
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
                     predicted = step(*static)
             except Exception as error:

@@ -20,7 +20,7 @@ from src.generation.stall_watch import StallWatch
 
 
 class Runner(Protocol):
-    """What the engine needs of a ``BatchRunner``; see there for each method."""
+    """What the engine needs from a ``BatchRunner``, which documents each method."""
 
     model_name: str
     limits: ModelLimits
@@ -39,7 +39,7 @@ class _AllCancelled(Exception):
 
 
 class Engine:
-    """Generates pictures on a thread of its own, because schedulers keep state and CUDA wants one caller.
+    """Generates pictures on its own thread, because schedulers keep state and CUDA wants one caller.
 
     When the device is free, the engine takes the oldest waiting image, and with it every other waiting image that has
     the same ``batch_key``, oldest first, up to ``max_batch_images``. After a batch has run out of memory, batches of
@@ -106,7 +106,7 @@ class Engine:
                 with self._watch:
                     self._run_with_fallback(batch)
             except Exception as error:
-                # even if handling a failure fails, no request may wait for ever
+                # even if handling a failure fails, no request may be left waiting
                 for image in batch:
                     image.pending.fail(error)
 

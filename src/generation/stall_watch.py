@@ -9,7 +9,7 @@ INTERVAL = 0.25
 
 
 class StallWatch:
-    """Calls ``stalled`` from a thread of its own if ``step`` is not called for ``timeout`` seconds within a block.
+    """Calls ``stalled`` from a watch thread if ``step`` is not called for ``timeout`` seconds within a block.
 
     The thread starts with the watch, not with a block, because a thread can no longer be started once memory or threads
     have run out. It counts its own pauses instead of reading a clock, so time in which the whole process was frozen

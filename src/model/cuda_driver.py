@@ -96,7 +96,7 @@ def why_no_device(driver: Driver, built_for: str | None, visible: str | None = N
     if _major(driver.cuda) < _major(built_for):
         return (
             f"{named} runs CUDA up to {driver.cuda}, and PyTorch is built for CUDA {built_for}: "
-            f"let the endpoint have hosts of CUDA {_major(built_for)}.0 and newer only, "
+            f"restrict the endpoint to hosts with CUDA {_major(built_for)}.0 or newer, "
             "or build the image for an older CUDA"
         )
     if visible is not None and not driver.devices:

@@ -47,7 +47,7 @@ def load(
         dtype: of the weights. By default float16 on a CUDA device, float32 on the CPU.
 
     Raises:
-        StartError: if the files are damaged, or no model that this worker runs.
+        StartError: if the files are damaged, or are not a model that this worker runs.
     """
     with naming(settings):
         try:
@@ -89,14 +89,14 @@ def _load(repository: Repository, device: str, dtype: torch.dtype) -> StableDiff
 
 
 def describe(pipe: StableDiffusionPipeline) -> str:
-    """Says in words where a pipeline is and in which precision."""
+    """Describes where a pipeline is, and its precision."""
     device = torch.cuda.get_device_name() if pipe.device.type == "cuda" else "the CPU"
     checker = "on" if pipe.safety_checker else "off"
     return f"on {device} in {str(pipe.dtype).removeprefix('torch.')}, safety checker {checker}"
 
 
 def memory_in_use() -> str:
-    """Says how much GPU memory is in use, by this process and all others."""
+    """Describes how much GPU memory is in use, by this process and all others."""
     if not torch.cuda.is_available():
         return "no GPU"
     free, total = torch.cuda.mem_get_info()

@@ -21,13 +21,13 @@ ENVIRONMENT = {
 
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""What a container may use of its host's cores (cgroup v2): microseconds of CPU time, and of which period."""
+"""A container's CPU limit (cgroup v2): microseconds of CPU time, and the period in which it may use them."""
 
 
 def set_environment() -> None:
     """Sets those variables of ``ENVIRONMENT`` that are not set, and how many threads PyTorch computes with on the CPU.
 
-    By itself PyTorch takes as many as the host has cores, which a container with a quota cannot run at once.
+    PyTorch's default is one per core of the host, more than a container with a quota can run at once.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

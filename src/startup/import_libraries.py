@@ -24,7 +24,7 @@ def import_libraries(imported: Callable[[str], None] = lambda library: None, *, 
     """Imports the libraries. Everything that they have created by then is exempt from garbage collection.
 
     Args:
-        imported: called with what has been imported, each time.
+        imported: called after each import with its name.
         eager: names from ``DEFERRED`` that are not deferred, to measure what deferring them saves.
     """
     set_environment()

@@ -1,10 +1,10 @@
 """Many clients and a platform in trouble: ``python -m tests.bench.load``.
 
-Small requests from concurrent clients go through a stand-in of the platform to one worker: most ask for a picture of
+Small requests from concurrent clients go through a stand-in for the platform to one worker: most ask for a picture of
 a colour, some are bad, JSON that cannot be read among them, some are cancelled, some are delivered twice by the
 platform, some stopped and delivered again, for some it sends a stop signal when they have ended. On every route that
 the worker calls, the platform fails at random: it drops connections, before or after it has done what was asked,
-answers 429, 500, a redirect or something that is no HTTP, or takes its time. Every job must reach exactly one right
+answers 429, 500, a redirect or something that is not HTTP, or answers late. Every job must reach exactly one right
 final state, and no job may be answered with different pictures. Printed are jobs per second, latencies, and the
 worker's memory after a fifth of the jobs and at the end.
 

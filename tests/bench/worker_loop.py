@@ -1,11 +1,11 @@
 """What the loop between two jobs costs: ``python -m tests.bench.worker_loop``.
 
-Jobs of a fixed duration, which nothing can share, go to a worker process behind a stand-in of the platform: to this
+Jobs of a fixed duration that cannot share a batch go to a worker process behind a stand-in for the platform: to this
 worker with its default settings, and to a plain synchronous handler around the same engine, on the SDK's own loop.
 Printed are
 
-- for jobs that are all sent at once, the time from the first one's arrival to the last result, as a ratio of the work
-  alone;
+- for jobs that are all sent at once, the time from the first one's arrival to the last result, as a multiple of the
+  bare work time;
 - for a client that sends each job when it has the result of the one before, the mean ``delayTime`` that the platform
   shows: milliseconds from ``/run`` until a worker has the job.
 

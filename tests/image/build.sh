@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the committed Dockerfile, unchanged, with PyTorch from a stand-in of its index and a small model from a stand-in of
-# the hub; searches every layer, prints what the image holds, and generates a picture with the worker from the image,
+# Builds the committed Dockerfile, unchanged, with PyTorch from a stand-in for its index and a small model from a stand-in
+# for the hub; searches every layer, prints what the image holds, and generates a picture with the worker from the image,
 # without a network. Then the same without a model in the image, from RunPod's cache. Run it as root before a release:
 #
 #   tests/image/build.sh [options of buildah build]

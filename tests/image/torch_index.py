@@ -1,4 +1,4 @@
-"""Lays out a stand-in of PyTorch's package index: ``python -m tests.image.torch_index TORCH_WHEEL FOLDER``.
+"""Lays out a stand-in for PyTorch's package index: ``python -m tests.image.torch_index TORCH_WHEEL FOLDER``.
 
 FOLDER then holds, laid out so that a plain web server serves it as PEP 503 has it, PyTorch's wheel and two CUDA
 libraries that it asks for, the second by an extra of the first, as with ``cuda-toolkit``. PyPI has neither.

@@ -50,7 +50,7 @@ def set_scheduler(folder: Path, class_name: str, **config: Any) -> None:
 
 
 def v1_4_of_2022(folder: Path) -> None:
-    """As CompVis/stable-diffusion-v1-4: tensors under their names of 2022, float16 beside float32, a stray file."""
+    """As CompVis/stable-diffusion-v1-4: tensors under their names of 2022, float16 next to float32, a stray file."""
     make_repository(folder)
     positions = torch.arange(77)[None]
     rewrite(
