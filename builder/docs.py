@@ -11,7 +11,7 @@ from typing import Any, get_args
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
-from src.api.limits import MAX_PROMPT_LENGTH, ModelLimits
+from src.api.limits import INVISIBLE, MAX_PROMPT_LENGTH, ModelLimits
 from src.api.output import OneImage, SeveralImages
 from src.api.request import ImageRequest
 from src.schedulers import SCHEDULERS
@@ -25,8 +25,8 @@ DEMO = ModelLimits(native_size=128, max_size=256, scheduler="DDIM")
 def input_schema(limits: ModelLimits) -> dict[str, Any]:
     """Returns the schema of ``job["input"]`` for a model.
 
-    It accepts what the worker accepts, and a little more: control characters, lone surrogates, and seeds so close to
-    2^53 that those of further images would exceed it.
+    It accepts what the worker accepts, and a little more: control characters, lone surrogates, invisible characters
+    beyond U+FFFF alone, and seeds so close to 2^53 that those of further images would exceed it.
     """
     schema = ImageRequest.model_json_schema()
     schema["required"] = ["prompt"]
@@ -34,7 +34,7 @@ def input_schema(limits: ModelLimits) -> dict[str, Any]:
     for name in ("width", "height"):
         fields[name] |= {"maximum": limits.max_size, "default": limits.native_size}
     fields["scheduler"] |= {"enum": [*SCHEDULERS], "default": limits.scheduler}
-    fields["prompt"] |= {"pattern": r"\S", "maxLength": MAX_PROMPT_LENGTH}
+    fields["prompt"] |= {"pattern": f"[^{INVISIBLE}]", "maxLength": MAX_PROMPT_LENGTH}
     fields["negative_prompt"]["maxLength"] = MAX_PROMPT_LENGTH
     for name, field in fields.items():
         del field["title"]

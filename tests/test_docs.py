@@ -1,6 +1,9 @@
 """Documentation that repeats the code: schemas, tables, the Hub's settings."""
 
 import json
+import re
+import unicodedata
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -14,6 +17,7 @@ from src.errors import JobError
 from src.settings import Settings
 from tests.support.client import Client
 from tests.support.engines import Engine
+from tests.support.examples import run
 from tests.support.fields import FIELDS
 
 
@@ -61,8 +65,34 @@ def test_input_schema_accepts_what_the_worker_accepts(job_input: dict[str, Any])
     except JobError as error:
         accepted, message = False, str(error)
     # a schema cannot express these
-    beyond = ("control characters", "Unicode", "images, got", "finite")
+    beyond = ("control characters", "Unicode", "characters, got 0", "images, got", "finite")
     assert valid == accepted or (valid and any(words in message for words in beyond)), message
+
+
+@pytest.mark.process
+def test_pattern_of_a_prompt_means_the_same_in_javascript_in_python_and_in_the_worker(tmp_path: Path):
+    code = """
+        const pattern = process.argv[1], empty = /[\\s\\p{Default_Ignorable_Code_Point}\\p{Cc}\\u2800]/u;
+        const all = Array.from({ length: 0x10000 }, (_, code) => String.fromCharCode(code));
+        const matched = (regex) => all.map((text) => +regex.test(text)).join("");
+        console.log([matched(new RegExp(pattern)), matched(new RegExp(pattern, "u")), matched(empty)].join("\\n"));
+    """
+    pattern = SCHEMA["properties"]["prompt"]["pattern"]
+    ran = run(["node", "-e", code, pattern], tmp_path)
+    plain, unicode, empty = ran.stdout.splitlines()
+    for code, visible in enumerate(plain):
+        assert visible == unicode[code] == "01"[bool(re.search(pattern, chr(code)))] != empty[code], hex(code)
+
+    def accepted(prompt: str) -> bool:
+        try:
+            return bool(ImageRequest.parse({"prompt": prompt}, V1_4).prompt)
+        except JobError as error:
+            assert str(error) == "invalid input: prompt: must have 1 to 2,000 characters, got 0"
+            return False
+
+    for code, visible in enumerate(plain):
+        if unicodedata.category(chr(code)) not in ("Cc", "Cs"):
+            assert accepted(chr(code)) == (visible == "1"), hex(code)
 
 
 def test_output_schema_accepts_what_the_worker_answers(client: Client):

@@ -65,7 +65,11 @@ def test_seed_is_drawn_at_random_and_counts_up_per_image():
 @pytest.mark.parametrize(
     ("field", "inside", "outside"),
     [
-        ("prompt", ["x", "x" * 2000, "  " + "x" * 2000 + "\n"], ["", " \n\t ", "x" * 2001, "x" * 100_000]),
+        (
+            "prompt",
+            ["x", "x" * 2000, "  " + "x" * 2000 + "\n"],
+            ["", " \n\t ", "\ufeff", "\u200b \U000e0020", "x" * 2001],
+        ),
         ("negative_prompt", ["", "x" * 2000], ["x" * 2001]),
         ("width", [64, 72, 1024, 512.0], [0, 56, 63, 65, 1023, 1032, 512.5, -64]),
         ("height", [64, 72, 1024, 512.0], [0, 56, 63, 65, 1023, 1032, 512.5, -64]),

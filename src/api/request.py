@@ -24,6 +24,7 @@ from pydantic_core import PydanticCustomError
 
 from src.api.cross_checks import faults_across
 from src.api.limits import (
+    INVISIBLE,
     MAX_GUIDANCE,
     MAX_IMAGES,
     MAX_PROMPT_LENGTH,
@@ -40,6 +41,7 @@ from src.schedulers import SCHEDULERS
 OutputFormat = Literal["png", "jpeg", "webp"]
 """The names that Replicate's and OpenAI's image APIs share; Pillow, media types and file endings use them too."""
 
+_VISIBLE = re.compile(f"[^{INVISIBLE}\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -74,7 +76,7 @@ def _plain_text(value: str) -> str:
         raise PydanticCustomError("lone_surrogate", "must be valid Unicode, has a lone surrogate")
     if _CONTROL_CHARACTER.search(value):
         raise PydanticCustomError("control_character", "must not hold control characters other than newline and tab")
-    return value.strip()
+    return value.strip() if _VISIBLE.search(value) else ""
 
 
 Integer = Annotated[StrictInt, BeforeValidator(_whole_number)]

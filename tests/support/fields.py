@@ -1,10 +1,11 @@
 """One Hypothesis strategy per request field, with values that every model accepts."""
 
+import re
 from typing import Any
 
 from hypothesis import strategies as st
 
-from src.api.limits import MAX_SEED, ModelLimits
+from src.api.limits import INVISIBLE, MAX_SEED, ModelLimits
 from src.api.request import ImageRequest
 from src.schedulers import SCHEDULERS
 
@@ -12,11 +13,14 @@ LIMITS = ModelLimits(native_size=64, max_size=128, scheduler="PNDM")
 """The limits of the smallest model in the tests."""
 
 SIZES = st.integers(8, 16).map(lambda eighths: 8 * eighths)
-TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=50)
+TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=50).filter(
+    lambda text: re.search(f"[^{INVISIBLE}\U00010000-\U0010ffff]", text)
+)
+"""Nothing but invisible characters would count as empty."""
 
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
-    "prompt": TEXT.filter(str.strip),
-    "negative_prompt": TEXT,
+    "prompt": TEXT,
+    "negative_prompt": TEXT | st.just(""),
     "width": SIZES,
     "height": SIZES,
     "num_inference_steps": st.integers(1, 150),
