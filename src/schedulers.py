@@ -13,6 +13,8 @@ class Scheduler:
     options: dict[str, Any] = field(default_factory=dict)
     """Options that Stable Diffusion needs when the model's own scheduler is another one. Sources: diffusers' docs on
     schedulers, and its conversion of Stable Diffusion checkpoints."""
+    max_steps: int | None = None
+    """The most denoising steps that the class can do, if that is less than a request may ask for."""
 
 
 SCHEDULERS = {
@@ -23,11 +25,19 @@ SCHEDULERS = {
     "KLMS": Scheduler("LMSDiscreteScheduler"),
     "K_EULER": Scheduler("EulerDiscreteScheduler"),
     "K_EULER_ANCESTRAL": Scheduler("EulerAncestralDiscreteScheduler"),
-    "DPMSolverMultistep": Scheduler("DPMSolverMultistepScheduler"),
+    "DPMSolverMultistep": Scheduler("DPMSolverMultistepScheduler", {"use_karras_sigmas": False}),
+    # diffusers takes one spacing of sigmas at a time
+    "KarrasDPM": Scheduler(
+        "DPMSolverMultistepScheduler",
+        {"use_karras_sigmas": True, "use_exponential_sigmas": False, "use_beta_sigmas": False},
+    ),
     "DPMSolverSinglestep": Scheduler("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
     "UniPCMultistep": Scheduler("UniPCMultistepScheduler"),
+    # takes its timesteps from so many of the distillation's
+    "LCM": Scheduler("LCMScheduler", {"original_inference_steps": 50}, max_steps=50),
 }
-"""The names that Cog's Stable Diffusion and RunPod's SDXL worker use, and one more (UniPC) in the same style."""
+"""The names that Cog's Stable Diffusion and RunPod's SDXL worker use, Replicate's for DPM++ 2M with Karras sigmas
+(``KarrasDPM``), and two more (``UniPCMultistep``, ``LCM``) in the same style."""
 
 TRAINED = frozenset(
     (

@@ -140,6 +140,9 @@ def without(component: str, tensor: str) -> Callable[[Path], None]:
     return lambda folder: rewrite(weight_file(folder, component), drop)
 
 
+FILE = "scheduler/scheduler_config.json"
+
+
 def more_tokens(folder: Path) -> None:
     (folder / "tokenizer" / "added_tokens.json").write_text('{"<cat>": 514}')
 
@@ -174,7 +177,28 @@ def more_tokens(folder: Path) -> None:
         ),
         (
             lambda folder: set_scheduler(folder, "EDMEulerScheduler"),
-            "EDMEulerScheduler is no scheduler for Stable Diffusion: it has no betas",
+            f"{FILE}: EDMEulerScheduler cannot run this model: it has no betas",
+        ),
+        (
+            lambda folder: set_scheduler(folder, "DPMSolverSDEScheduler", beta_start=0.00085),
+            f"{FILE}: DPMSolverSDEScheduler cannot run this model: ImportError: DPMSolverSDEScheduler requires the "
+            "torchsde library but it was not found in your environment. You can install it with pip: `pip install "
+            "torchsde`",
+        ),
+        (
+            lambda folder: set_scheduler(folder, "DDIMScheduler", beta_schedule="sigmoid"),
+            f"{FILE}: DDIMScheduler cannot run this model: NotImplementedError: sigmoid is not implemented for "
+            "<class 'diffusers.schedulers.scheduling_ddim.DDIMScheduler'>",
+        ),
+        (
+            lambda folder: edit(folder, FILE, prediction_type="sample"),
+            f"{FILE}: PNDMScheduler cannot run this model: ValueError: prediction_type given as sample must be one of "
+            "`epsilon` or `v_prediction`",
+        ),
+        (
+            lambda folder: set_scheduler(folder, "DPMSolverMultistepScheduler", algorithm_type="deis"),
+            f"{FILE}: DPMSolverMultistepScheduler cannot run this model: ValueError: `final_sigmas_type` zero is not "
+            "supported for `algorithm_type` deis. Please choose `sigma_min` instead.",
         ),
     ],
 )

@@ -179,7 +179,7 @@ def test_unrelated_field_name_gets_no_suggestion(name: str):
 @pytest.mark.parametrize("text", ["\n", "\u2028", "\x1b", "\u200b", "\u202e", "\ud800", "x" * 10_000_000])
 def test_error_quotes_one_short_line_of_what_can_be_printed(text: str):
     quoted = f"a{'x' * 39}..." if len(text) > 1 else "a?b"
-    assert refusal({"prompt": "x", "scheduler": f"a{text}b"}).endswith(f"UniPCMultistep, got {quoted}")
+    assert refusal({"prompt": "x", "scheduler": f"a{text}b"}).endswith(f"LCM, got {quoted}")
     assert refusal({"prompt": "x", f"a{text}b": 1}) == f"{quoted}: unknown field"
     said = refusal({"prompt": "x", "output_format": f"a{text}b"})
     assert said in (

@@ -15,17 +15,18 @@ def faults_across(**right: Any) -> list[str]:
         right: the model's ``limits``, and the fields by their names.
     """
     faults = []
-    for check in (_steps_of_own_scheduler, _last_seed):
+    for check in (_steps_of_scheduler, _last_seed):
         names = inspect.signature(check).parameters
         if right.keys() >= names.keys() and (fault := check(**{name: right[name] for name in names})):
             faults.append(fault)
     return faults
 
 
-def _steps_of_own_scheduler(limits: ModelLimits, num_inference_steps: int, scheduler: str) -> str | None:
-    if scheduler != limits.scheduler or num_inference_steps <= limits.max_steps:
+def _steps_of_scheduler(limits: ModelLimits, num_inference_steps: int, scheduler: str) -> str | None:
+    maximum = limits.schedulers[scheduler]
+    if num_inference_steps <= maximum:
         return None
-    return f"num_inference_steps: must be at most {limits.max_steps} with {scheduler}, got {num_inference_steps}"
+    return f"num_inference_steps: must be at most {maximum} with {scheduler}, got {num_inference_steps}"
 
 
 def _last_seed(seed: int, num_images: int) -> str | None:

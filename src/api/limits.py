@@ -1,6 +1,9 @@
 """The bounds of a request's fields: those that all models share, and a model's own."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from src.schedulers import SCHEDULERS
 
 MAX_PROMPT_LENGTH = 2_000
 """In characters: well beyond the text encoder's 77 tokens."""
@@ -33,5 +36,7 @@ class ModelLimits:
     native_size: int
     max_size: int
     scheduler: str
-    max_steps: int = MAX_STEPS
-    """Of the model's own scheduler: LCM and TCD can do no more than they were distilled from."""
+    schedulers: Mapping[str, int] = field(
+        default_factory=lambda: {name: each.max_steps or MAX_STEPS for name, each in SCHEDULERS.items()}
+    )
+    """Those that the model can use, its own included, and the most denoising steps of each."""

@@ -109,7 +109,7 @@ class ImageRequest(BaseModel):
     output_quality: Annotated[Integer, PerImage] = Field(
         90, ge=1, le=100, description="Quality of `jpeg` and `webp`; `png` is lossless"
     )
-    scheduler: str = Field(description="Sampler; by default the model's own")
+    scheduler: str = Field(description="Sampler; by default the model's own. `LCM` does at most 50 steps")
 
     @classmethod
     def parse(cls, job_input: object, limits: ModelLimits) -> Self:
@@ -190,11 +190,13 @@ class ImageRequest(BaseModel):
     @field_validator("scheduler", mode="before")
     @classmethod
     def _known_scheduler(cls, value: object, info: ValidationInfo[_Parsing]) -> object:
-        if isinstance(value, str) and value not in (*SCHEDULERS, info.context.limits.scheduler):
+        usable = info.context.limits.schedulers
+        if isinstance(value, str) and value not in usable:
+            why = ", which does not work with this model" if value in SCHEDULERS else ""
             raise PydanticCustomError(
                 "unknown_scheduler",
-                "must be one of {names}, got {value}",
-                {"names": ", ".join(SCHEDULERS), "value": quoted(value)},
+                "must be one of {names}, got {value}{why}",
+                {"names": ", ".join(usable), "value": quoted(value), "why": why},
             )
         return value
 

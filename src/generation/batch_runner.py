@@ -18,6 +18,7 @@ from src.api.prompt_warnings import Vocabulary, truncation_warning, vocabulary_w
 from src.api.request import ImageRequest
 from src.errors import JobError
 from src.generation.cuda_graphs import GraphedStep
+from src.model.loading import take_a_step
 from src.schedulers import SCHEDULERS, TRAINED
 
 SHARED = ImageRequest.shared_fields()
@@ -54,15 +55,14 @@ class BatchRunner:
         self._arguments = [name for name in ImageRequest.model_fields if name in parameters]
         self._vocabulary = vocabulary
         self._graphs = graphs
-        kind = type(pipe.scheduler).__name__
-        self._own_scheduler = next((name for name, each in SCHEDULERS.items() if each.class_name == kind), kind)
+        self._own_scheduler = _name_of(pipe.scheduler)
         native_size = pipe.unet.config.sample_size * pipe.vae_scale_factor
         self.model_name = model_name
         self.limits = ModelLimits(
             native_size=native_size,
             max_size=2 * native_size,
             scheduler=self._own_scheduler,
-            max_steps=pipe.scheduler.config.get("original_inference_steps", MAX_STEPS),
+            schedulers=self._usable_schedulers(),
         )
 
     @torch.inference_mode()
@@ -127,18 +127,43 @@ class BatchRunner:
         if name == self._own_scheduler:
             # from_config would undo what the pipeline corrects in old configurations
             return copy.deepcopy(own)
-        # recent diffusers save defaults too; drop them so they do not override the other class's defaults, such as its
-        # timestep spacing
+        # another class may have left its keys in the file; and recent diffusers save defaults too, which must not
+        # override those of the wanted class, such as its timestep spacing
         defaults = inspect.signature(type(own)).parameters
         config = {
             key: value
             for key, value in own.config.items()
-            if key in TRAINED or key not in defaults or value != defaults[key].default
+            if key in TRAINED or (key in defaults and value != defaults[key].default)
         }
         # diffusers' own list of what to drop, which includes what the model was trained with
         config.pop("_use_default_values", None)
         scheduler = SCHEDULERS[name]
         return getattr(diffusers, scheduler.class_name).from_config(config, **scheduler.options)
+
+    def _usable_schedulers(self) -> dict[str, int]:
+        """Returns the schedulers that work with the model's configuration, and the most denoising steps of each."""
+        # LCM and TCD can do no more than they were distilled from
+        own_steps = self._pipe.scheduler.config.get("original_inference_steps", MAX_STEPS)
+        usable = {name: each.max_steps or MAX_STEPS for name, each in SCHEDULERS.items() if self._works(name)}
+        return usable | {self._own_scheduler: own_steps}
+
+    def _works(self, name: str) -> bool:
+        try:
+            scheduler = self._new_scheduler(name)
+            # each of ours knows these two, and a step of KLMS would import scipy for half a second
+            if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+                take_a_step(scheduler)
+        except (NotImplementedError, ValueError):
+            return False
+        return True
+
+
+def _name_of(scheduler: Any) -> str:
+    """Returns the name of the row that has the scheduler's class, and its options if one has."""
+    kind = type(scheduler).__name__
+    rows = [name for name, each in SCHEDULERS.items() if each.class_name == kind]
+    exact = [name for name in rows if SCHEDULERS[name].options.items() <= scheduler.config.items()]
+    return next(iter(exact + rows), kind)
 
 
 def _report_step(

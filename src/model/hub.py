@@ -48,7 +48,6 @@ def _refusal(error: HfHubHTTPError) -> StartError:
     status = error.response.status_code
     meaning = MEANINGS.get(error.response.headers.get("X-Error-Code", ""), f"the hub answered {status}")
     # the header's sentence, or else the body's
-    lines = (error.server_message or "").splitlines()[:1]
-    sentence = "".join(char if char.isprintable() else " " for char in "".join(lines))
-    quoted = f': "{textwrap.shorten(sentence, MAX_SENTENCE, placeholder="...")}"' if sentence.strip() else ""
+    sentence = (error.server_message or "").partition("\n")[0]
+    quoted = f': "{textwrap.shorten(sentence, MAX_SENTENCE, placeholder="...")}"' if sentence else ""
     return StartError(meaning + quoted, may_recover=status >= 500 or status in PASSING)

@@ -1,13 +1,15 @@
 """Loads the pipeline onto the device."""
 
+import copy
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 
-from src.errors import StartError, one_line
+from src.errors import StartError, one_line, shortened
 from src.model import cuda_driver
 from src.model.checks import check_tokenizer, read_json
 from src.model.repository import Repository, naming
@@ -57,15 +59,13 @@ def load(
             raise
         except Exception as error:
             raise StartError(f"cannot be loaded: {one_line(error)}", may_recover=True) from error
-        if "beta_start" not in pipe.scheduler.config:
-            raise StartError(f"{type(pipe.scheduler).__name__} is no scheduler for Stable Diffusion: it has no betas")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def _load(repository: Repository, device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     index = read_json(repository.path, "model_index.json")
-    components: dict[str, Any] = {"image_encoder": None}
+    components = {"image_encoder": None, "scheduler": _load_scheduler(repository.path, index["scheduler"])}
     for component, file in repository.weights.items():
         try:
             components[component], info = simple_get_class_obj(*index[component]).from_pretrained(
@@ -86,6 +86,29 @@ def _load(repository: Repository, device: str, dtype: torch.dtype) -> StableDiff
     if "safety_checker" not in components:
         components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return StableDiffusionPipeline.from_pretrained(repository.path, local_files_only=True, **components)
+
+
+def _load_scheduler(folder: Path, pair: tuple[str, str]) -> Any:
+    try:
+        scheduler = simple_get_class_obj(*pair).from_pretrained(folder / "scheduler", local_files_only=True)
+        if "beta_start" in scheduler.config:
+            take_a_step(copy.deepcopy(scheduler))
+            return scheduler
+        why = "it has no betas"
+    except Exception as error:
+        why = one_line(error)
+    raise StartError(f"scheduler/scheduler_config.json: {shortened(pair[1])} cannot run this model: {why}")
+
+
+def take_a_step(scheduler: Any) -> None:
+    """Takes the first of two denoising steps with nothing but zeros.
+
+    Raises:
+        Exception: if the scheduler does not support its configuration.
+    """
+    scheduler.set_timesteps(2)
+    first, latents = scheduler.timesteps[0], torch.zeros(1, 4, 8, 8)
+    scheduler.step(scheduler.scale_model_input(latents, first), first, latents)
 
 
 def describe(pipe: StableDiffusionPipeline) -> str:

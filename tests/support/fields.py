@@ -23,7 +23,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "negative_prompt": TEXT | st.just(""),
     "width": SIZES,
     "height": SIZES,
-    "num_inference_steps": st.integers(1, 150),
+    "num_inference_steps": st.integers(1, min(LIMITS.schedulers.values())),
     "guidance_scale": st.floats(0, 30) | st.integers(0, 30),
     "seed": st.integers(0, MAX_SEED - 3),
     "num_images": st.integers(1, 4),
