@@ -11,8 +11,8 @@ INVISIBLE = (
     r"\u0000-\u0020\u007f-\u00a0\u00ad\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f\u2028-\u202f"
     r"\u205f-\u206f\u2800\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8"
 )
-"""What shows nothing, up to U+FFFF: white space, control characters, Unicode's Default_Ignorable_Code_Point, the Braille
-blank. As a class of a regular expression that Python and JavaScript read alike, unlike ``\\s``."""
+"""What shows nothing, up to U+FFFF: white space, control characters, Default_Ignorable_Code_Point, the Braille blank.
+As a class of a regular expression that Python and JavaScript read alike, unlike ``\\s``."""
 MIN_SIZE = 64
 """Width and height in pixels: latents of 8 x 8, which the UNet still halves three times."""
 MAX_STEPS = 150
