@@ -202,11 +202,6 @@ def test_scheduler_leaves_no_state_for_later_requests(v1_4_engine: Engine):
     assert generate(v1_4_engine, num_inference_steps=5).pictures == before.pictures
 
 
-def test_size_and_guidance_reach_the_pipeline(v1_4_engine: Engine):
-    assert generate(v1_4_engine, width=72, height=128).pictures[0].image.size == (72, 128)
-    assert generate(v1_4_engine, guidance_scale=0).pictures != generate(v1_4_engine, guidance_scale=30).pictures
-
-
 def test_warning_quotes_the_text_beyond_77_tokens(demo_pipe: StableDiffusionPipeline, demo_engine: Engine):
     tokenizer = demo_pipe.tokenizer
     fitting = " ".join(["sea"] * 80)

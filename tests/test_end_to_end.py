@@ -150,12 +150,6 @@ def test_invalid_arguments_are_refused(tmp_path: Path, arguments: list[str], sai
     assert ran.stderr.splitlines()[-1].startswith(f"handler.py: error: {said}")
 
 
-def test_unknown_log_level_is_refused(tmp_path: Path):
-    ran = run_handler(tmp_path, "--check", RUNPOD_LOG_LEVEL="loud")
-    assert ran.returncode == 2
-    assert "must be one of ERROR, WARN, INFO, DEBUG, TRACE, NOTSET, got loud" in ran.stderr
-
-
 @pytest.mark.parametrize("library", ["pydantic_core", "libtorch_python"])
 def test_interrupt_during_the_start_ends_it_without_a_traceback(tmp_path: Path, library: str):
     process = subprocess.Popen(

@@ -304,15 +304,6 @@ def test_lost_device_fails_all_requests_with_its_cause(shared: bool):
         engine.warm_up()
 
 
-def test_launch_error_that_the_device_survives_fails_only_its_request():
-    error = RuntimeError("CUDA error: too many resources requested for launch")
-    runner = fail_with(error, when=lambda requests: requests[0].width == 72)
-    engine = Engine(runner, 4)
-    bad, good = generate_together(engine, request(width=72), request())
-    assert bad is error
-    assert seeds(good) == [3]
-
-
 class Slow(StandIn):
     """A runner whose steps take 0.1 s each."""
 

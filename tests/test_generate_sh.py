@@ -60,15 +60,7 @@ def test_several_pictures_are_numbered(platform: Platform, client: Client, tmp_p
         (
             ["a=-1.5e3", "b=007", "c=NaN", "d=true", "e=", "f=9007199254740993", 'g="\\'],
             "picture.png",
-            {
-                "a": -1500,
-                "b": "007",
-                "c": "NaN",
-                "d": "true",
-                "e": "",
-                "f": 9007199254740993,
-                "g": '"\\',
-            },
+            {"a": -1500, "b": "007", "c": "NaN", "d": "true", "e": "", "f": 9007199254740993, "g": '"\\'},
         ),
     ],
 )
@@ -136,13 +128,6 @@ def test_error_is_reported_in_one_line(
 ):
     assert re.fullmatch(error, error_of(generate(platform, tmp_path, *arguments, **settings)))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_unknown_endpoint_is_an_error(platform: Platform, client: Client, tmp_path: Path):
-    by_id = {"ENDPOINT_URL": "", "ENDPOINT_ID": "nothing", "RUNPOD_ENDPOINT_BASE_URL": f"{platform.url}/v2"}
-    for settings in (by_id, {"ENDPOINT_URL": f"{platform.url}/v2/nothing"}):
-        error = error_of(generate(platform, tmp_path, "the sea", **settings))
-        assert error == "the endpoint answered 404: check RUNPOD_API_KEY, and ENDPOINT_ID or ENDPOINT_URL"
 
 
 @pytest.mark.process

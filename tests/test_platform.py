@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.bench.load import load
-from tests.support.client import Client, picture, results, until
+from tests.support.client import Client, results, until
 from tests.support.platform_stub import HANDLER, Fault, Platform, serving
 from tests.support.platform_stub.platform import WorkerProcess
 from tests.support.processes import FAULTY
@@ -24,15 +24,6 @@ pytestmark = pytest.mark.process
 SLOW = {"prompt": "slow", "num_inference_steps": 150, "width": 64, "height": 64, "guidance_scale": 0}
 """A job of over 15 s, for ``FAULTY`` workers; see there."""
 THREE_SECONDS = SLOW | {"num_inference_steps": 30}
-
-
-def test_job_runs_through_run_and_status_and_through_runsync(platform: Platform, client: Client):
-    done = client.generate("the sea", seed=5)
-    assert done["status"] == "COMPLETED"
-    assert (done["output"]["seed"], picture(done["output"]).size) == (5, (128, 128))
-    again = client.post("runsync", {"input": {"prompt": "the sea", "num_inference_steps": 2, "seed": 5}})
-    assert again["output"] == done["output"]
-    assert until(lambda: client.get("health")["workers"]["idle"]) == 1
 
 
 def test_progress_comes_once_a_second_and_never_after_the_result(platform: Platform, client: Client):

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from runpod.serverless.modules import rp_http, rp_job, rp_ping
 from runpod.serverless.modules.worker_state import JobsProgress
 
-from src.api.request import ImageRequest
 from src.generation.engine import Engine
 from src.job_handler import KEPT_ANSWERS, JobHandler
 from src.serving.delivery import Outage, Timing
@@ -27,7 +26,7 @@ from src.serving.taken_jobs import Job as TakenJob
 from src.serving.taken_jobs import read_jobs
 from src.serving.worker_loop import MAX_REMEMBERED, Handler, WorkerLoop
 from src.settings import Settings
-from tests.support import engines, internals
+from tests.support import internals
 from tests.support.client import Client, receiver, results, until
 from tests.support.platform_stub import ENDPOINT, Fault, Platform, serving
 from tests.support.platform_stub.job import Job
@@ -200,25 +199,6 @@ def test_freed_slot_is_filled_at_once(stub: Platform):
         assert max(later - earlier for later, earlier in zip(started[1:], finished, strict=False)) < 0.3
 
     work(echo, clients, concurrency=1)
-
-
-def test_burst_of_alike_jobs_shares_batches(stub: Platform, demo_engine: Engine, monkeypatch: pytest.MonkeyPatch):
-    runner, batches = engines.runner_of(demo_engine), list[int]()
-    run = runner.run
-
-    def count(requests: list[ImageRequest], *arguments: Any) -> Any:
-        batches.append(len(requests))
-        return run(requests, *arguments)
-
-    def clients() -> None:
-        client = Client(stub)
-        jobs = [client.run(f"{i}", num_inference_steps=30, width=64, height=64) for i in range(8)]
-        assert {client.finished(job)["status"] for job in jobs} == {"COMPLETED"}
-
-    monkeypatch.setattr(runner, "run", count)
-    work(JobHandler(demo_engine, Settings()).handle, clients)
-    assert sum(batches) == 8
-    assert len(batches) <= 3
 
 
 @pytest.mark.parametrize("stop_answer", [{"status": 204}, {"text": '{"jobsToStop": ["known"]}'}])
