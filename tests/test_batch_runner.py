@@ -1,6 +1,7 @@
 """Batches of one or several requests through the real pipeline."""
 
 import asyncio
+import copy
 import gc
 import threading
 import weakref
@@ -216,6 +217,29 @@ def test_warning_quotes_the_text_beyond_77_tokens(demo_pipe: StableDiffusionPipe
     assert warning == f'prompt: longer than 77 tokens, this part was not used: "{rest}"'
     both = generate(demo_engine, prompt=f"{fitting} {rest}", negative_prompt=f"{fitting} blur").warnings
     assert both[1] == 'negative_prompt: longer than 77 tokens, this part was not used: "blur"'
+
+
+def test_warning_counts_each_vector_of_a_word_from_textual_inversion(
+    demo_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+):
+    tokenizer = copy.deepcopy(demo_pipe.tokenizer)
+    tokenizer.add_tokens(["single", "charturner", *(f"charturner_{i}" for i in range(1, 15))])
+    monkeypatch.setattr(demo_pipe, "tokenizer", tokenizer)
+    engine = engines.around(demo_pipe)
+    for words, end, unused in [
+        (60, "charturner", ""),
+        (59, "single charturner", ""),
+        (60, "charturner blue", "blue"),
+        (61, "charturner blue", "charturner blue"),
+        (46, "charturners, Charturner charturner", "charturner"),
+        (29, "charturner charturner charturner charturner blue", "charturner blue"),
+    ]:
+        text = "7 " * words + end
+        # those of the begin and the end included
+        encoded = len(tokenizer(demo_pipe.maybe_convert_prompt(text, tokenizer)).input_ids)
+        assert (encoded > 77) == bool(unused)
+        said = [f'prompt: longer than 77 tokens, this part was not used: "{unused}"'] if unused else []
+        assert engines.runner_of(engine).prompt_warnings(request_for(engine, prompt=text)) == said
 
 
 def test_blanked_picture_is_black_and_reported(v1_4_repository):

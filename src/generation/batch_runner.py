@@ -116,10 +116,22 @@ class BatchRunner:
         """Warns about text beyond the token limit, and about words that the model does not know."""
         warnings = vocabulary_warnings(request.prompt, self._vocabulary) if self._vocabulary else []
         for name in ("prompt", "negative_prompt"):
-            text, tokenizer = getattr(request, name), self._pipe.tokenizer
-            starts = [begin for begin, _ in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]
-            warnings += truncation_warning(name, text, starts, tokenizer.model_max_length)
+            text = getattr(request, name)
+            warnings += truncation_warning(name, text, self._token_starts(text), self._pipe.tokenizer.model_max_length)
         return warnings
+
+    def _token_starts(self, text: str) -> list[int]:
+        """Returns where in ``text`` each token begins that the pipeline encodes: a word that was learnt by textual
+        inversion has as many of them as it has vectors."""
+        tokenizer = self._pipe.tokenizer
+        learnt = tokenizer.added_tokens_encoder
+        starts = []
+        for begin, end in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]:
+            word = text[begin:end]
+            # the further vectors' names are the word and a number
+            vectors = self._pipe.maybe_convert_prompt(word, tokenizer).count(word) if word in learnt else 1
+            starts += [begin] * vectors
+        return starts
 
     def _new_scheduler(self, name: str) -> Any:
         """Creates a scheduler without state from the configuration of the model's own."""
