@@ -127,7 +127,7 @@ class ImageRequest(BaseModel):
         unknown = len(job_input.keys() - cls.model_fields.keys())
         if unknown > len(cls.model_fields):
             # with a million of them, pydantic would block the event loop for seconds
-            raise InvalidInput(f"{unknown:,} unknown fields, there are only {', '.join(cls.model_fields)}")
+            raise InvalidInput(f"{unknown:,} unknown fields; the fields are {', '.join(cls.model_fields)}")
         parsing, faults = _Parsing(limits), list[str]()
         try:
             request = cls.model_validate(job_input, context=parsing)
