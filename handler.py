@@ -10,12 +10,11 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036 - pip installs nothing for an older one
     sys.exit(f"handler.py needs Python 3.11 or newer, this is Python {sys.version_info[0]}.{sys.version_info[1]}")
 
-import os
 import time
 from typing import TYPE_CHECKING
 
 from src.serving import log_output
-from src.serving.command_line import Mode, choose_mode, parse_arguments
+from src.serving.command_line import Mode, choose_mode, parse_arguments, read_environment
 from src.serving.signals import exit_on_signals
 
 if TYPE_CHECKING:
@@ -119,41 +118,42 @@ def main() -> None:
     log_output.install()
     exit_on_signals()
     arguments = parse_arguments()
-    if arguments.rp_log_level:
-        os.environ["RUNPOD_LOG_LEVEL"] = arguments.rp_log_level
+    faults = read_environment(arguments)
+    # the SDK would parse the command line again
+    del sys.argv[1:]
     # imported late, so that --help and misspelt arguments are answered at once
-    from src.serving import api_server, one_job
+    from src.errors import StartError
+    from src.serving import one_job
     from src.serving.shared_memory import check_shared_memory
     from src.settings import Settings
     from src.startup.environment import set_environment
 
     set_environment()
     mode = choose_mode(arguments)
+    job = None
     try:
+        if faults:
+            raise StartError("; ".join(faults))
         if mode is Mode.PLATFORM:
             check_shared_memory()
         settings = Settings.from_environment()
-        if mode is Mode.LOCAL_SERVER:
-            api_server.check_address(arguments.rp_api_host, arguments.rp_api_port)
-        elif mode is Mode.ONE_JOB:
-            one_job.check_job(arguments.test_input)
-        elif mode is Mode.POD:
-            api_server.prepare_pod()
-        job_handler = build_job_handler(settings, one_job.progress_bar if mode is Mode.ONE_JOB else None)
+        if mode is Mode.ONE_JOB:
+            job = one_job.read_job(arguments.test_input)
+        job_handler = build_job_handler(settings, one_job.progress_bar if job else None)
     except Exception as error:
         from src.serving.refusal import refuse_to_start
 
         refuse_to_start(error, takes_jobs=mode is Mode.PLATFORM)
-    if mode is Mode.CHECK:
-        return
-    if mode is Mode.ONE_JOB:
-        one_job.run_job(job_handler.handle, quiet=not arguments.rp_log_level)
-        return
-    if mode is Mode.POD:
-        api_server.announce_pod()
-    from src.serving import worker_loop
+    from src.serving import api_server, worker_loop
 
-    worker_loop.serve(job_handler.handle, settings.max_concurrency)
+    if job:
+        one_job.run_job(job_handler.handle, job, quiet=not arguments.rp_log_level)
+    elif mode is Mode.PLATFORM:
+        worker_loop.serve(job_handler.handle, settings.max_concurrency)
+    elif mode is Mode.POD:
+        api_server.serve_on_pod(job_handler.handle)
+    elif mode is Mode.LOCAL_SERVER:
+        api_server.serve(job_handler.handle, arguments.rp_api_host, arguments.rp_api_port)
 
 
 if __name__ == "__main__":

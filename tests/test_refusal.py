@@ -25,13 +25,16 @@ pytestmark = pytest.mark.process
     [
         ({"MAX_CONCURRENCY": "none"}, "MAX_CONCURRENCY=none: must be an integer from 1 to 100"),
         ({"MODEL_ID": "/nowhere"}, "MODEL_ID=/nowhere: no such directory"),
+        ({"RUNPOD_PING_INTERVAL": "10s"}, "RUNPOD_PING_INTERVAL=10s: must be an integer from 1000 to 600000"),
     ],
 )
 def test_jobs_are_answered_with_the_start_error_when_no_restart_can_help(
     tmp_path: Path, settings: dict[str, str], why: str
 ):
     with serving() as platform, (tmp_path / "log").open("wb") as log:
-        worker = platform.workers[platform.start_worker(log=log, **settings)].process
+        # two arguments that the SDK would read otherwise
+        command = [sys.executable, str(HANDLER), "--rp_log_level", "fatal", "--rp_debugger"]
+        worker = platform.workers[platform.start_worker(command, log=log, **settings)].process
         client = Client(platform)
         for _ in "ab":
             done = client.generate()
@@ -119,6 +122,8 @@ def test_pod_serves_the_api(tmp_path: Path):
                     return None
 
             assert until(answer, 30)["output"]["model"] == "demo"
+            job = {"input": {"openai_route": "/v1/images/generations", "openai_input": {}}}
+            assert answer()["error"] == "invalid input: prompt: required"
         finally:
             process.terminate()
     assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,6 @@
 """The steps of a start, their order and their log."""
 
 import ctypes
-import json
 import mmap
 import os
 import re
@@ -15,7 +14,7 @@ import torch
 
 from src.errors import StartError
 from src.model import repository
-from src.serving.command_line import parse_arguments
+from src.serving.command_line import parse_arguments, read_environment
 from src.settings import Settings
 from src.startup import prefetch
 from tests.support import internals
@@ -54,8 +53,7 @@ def test_help_and_invalid_arguments_are_answered_before_any_import():
         assert set(imported) - set(sys.stdlib_module_names) == {"handler", "src"}
 
 
-def test_every_argument_of_the_sdk_is_accepted(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("RUNPOD_LOG_LEVEL")
+def test_every_argument_of_the_sdk_is_accepted():
     options = internals.options_of_the_sdk()
     assert len(options) == 8 and "--rp_serve_api" in options
     values = {
@@ -69,10 +67,37 @@ def test_every_argument_of_the_sdk_is_accepted(monkeypatch: pytest.MonkeyPatch):
         given = [option, *values.get(option, [])]
         ours, theirs = parse_arguments(given), runpod.serverless.parser.parse_args(given)
         for name, value in vars(theirs).items():
-            said = getattr(ours, name)
-            if name == "test_input" and value:
-                value = json.loads(value)
-            assert (said or None) == (value.upper() if name == "rp_log_level" and value else value)
+            assert (getattr(ours, name) or None) == (value.upper() if name == "rp_log_level" and value else value)
+
+
+@pytest.mark.parametrize("name", ["RUNPOD_LOG_LEVEL", "RUNPOD_DEBUG_LEVEL"])
+def test_log_level_is_read_in_every_usual_spelling(monkeypatch: pytest.MonkeyPatch, name: str):
+    spellings = {
+        "WARNING": "WARN",
+        "FATAL ": "ERROR",
+        "Critical": "ERROR",
+        "info": "INFO",
+        " TRACE\n": "TRACE",
+        "": None,
+    }
+    for spelling, level in spellings.items():
+        monkeypatch.setenv("RUNPOD_LOG_LEVEL", "")
+        monkeypatch.setenv(name, spelling)
+        arguments = parse_arguments([])
+        assert read_environment(arguments) == []
+        assert arguments.rp_log_level == os.environ.get("RUNPOD_LOG_LEVEL") == level
+    assert parse_arguments(["--rp_log_level", "warning"]).rp_log_level == "WARN"
+
+
+def test_variables_that_the_sdk_could_not_parse_are_named_and_removed(monkeypatch: pytest.MonkeyPatch):
+    numbers = ["PING_INTERVAL", "REALTIME_PORT", "REALTIME_CONCURRENCY", "GPU_TEST_TIMEOUT", "GPU_MAX_ERROR_MESSAGES"]
+    for value, bad in {"": 0, " 1 ": 1, "10s": 5, "1e4": 5, "-1": 5, "9" * 5000: 5}.items():
+        for number in numbers:
+            monkeypatch.setenv(f"RUNPOD_{number}", value)
+        faults = read_environment(parse_arguments([]))
+        assert len(faults) == bad
+        assert all(f"{fault.split('=')[0]}" not in os.environ for fault in faults)
+        assert {os.environ.get(f"RUNPOD_{number}") for number in numbers} <= {None, "1"}
 
 
 @pytest.mark.process

@@ -104,3 +104,8 @@ def word_error(error: JobError) -> dict[str, Any]:
         "param": fields[0] if fields else None,
         "code": None,
     }
+
+
+def error_text(error: Any) -> str:
+    """The text of a job's ``error``, which ``word_error`` may have made an object, for callers that take text only."""
+    return str(error["message"] if isinstance(error, dict) else error)

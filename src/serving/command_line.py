@@ -1,14 +1,16 @@
-"""The command line of ``handler.py``, read before anything slow is imported.
+"""The command line of ``handler.py`` and the SDK's own environment variables, read before anything slow is imported.
 
-``test_input`` and the arguments that begin with ``rp_`` belong to RunPod's SDK, which parses them again itself.
+``test_input`` and the arguments that begin with ``rp_`` are the SDK's, which would parse them again and know fewer log
+levels.
 """
 
 import argparse
-import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
-from typing import Any
+
+from src.errors import shortened
 
 
 class Mode(Enum):
@@ -32,6 +34,25 @@ LOG_LEVELS = ("ERROR", "WARN", "INFO", "DEBUG", "TRACE", "NOTSET")
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line; ends the process if it is invalid or asks for help."""
     return _parser().parse_args(arguments)
+
+
+def read_environment(arguments: argparse.Namespace) -> list[str]:
+    """Puts the variables that the SDK parses as it can read them, and the log level into ``arguments`` too.
+
+    Returns:
+        What is wrong with each bad one, which is removed: with it the SDK could not be imported, or would not start.
+    """
+    faults = []
+    for name, read in SDK_VARIABLES.items():
+        if text := os.environ.pop(name, "").strip():
+            try:
+                os.environ[name] = str(read(text))
+            except argparse.ArgumentTypeError as error:
+                faults.append(f"{name}={shortened(text)}: {error}")
+    levels = arguments.rp_log_level, os.environ.get("RUNPOD_LOG_LEVEL"), os.environ.get("RUNPOD_DEBUG_LEVEL")
+    if level := next(filter(None, levels), None):
+        os.environ["RUNPOD_LOG_LEVEL"] = arguments.rp_log_level = level
+    return faults
 
 
 def choose_mode(arguments: argparse.Namespace) -> Mode:
@@ -58,40 +79,53 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--check", action="store_true", help="start the worker, log how long each part took, and exit")
     parser.add_argument(
-        "--test_input", type=_json, metavar="JSON", help="""a job in place of test_input.json: '{"input": {...}}'"""
+        "--test_input", metavar="JSON", help="""a job in place of test_input.json: '{"input": {...}}'"""
     )
     parser.add_argument("--rp_serve_api", action="store_true", help="serve /run, /runsync and /status over HTTP")
     parser.add_argument("--rp_api_host", default="localhost", metavar="HOST", help="default: localhost")
-    parser.add_argument("--rp_api_port", type=_port, default=8000, metavar="PORT", help="default: 8000")
+    parser.add_argument(
+        "--rp_api_port", type=_integer(0, 2**16 - 1), default=8000, metavar="PORT", help="default: 8000"
+    )
     parser.add_argument(
         "--rp_api_concurrency", type=int, choices=[1], default=1, metavar="1", help="the SDK's server is one process"
     )
     parser.add_argument(
         "--rp_log_level",
         type=_log_level,
-        default=os.environ.get("RUNPOD_LOG_LEVEL") or os.environ.get("RUNPOD_DEBUG_LEVEL"),
         metavar="LEVEL",
         help=f"one of {', '.join(LOG_LEVELS)}; default: RUNPOD_LOG_LEVEL, RUNPOD_DEBUG_LEVEL or INFO. "
         "From DEBUG on, the SDK logs prompts and pictures",
     )
-    parser.add_argument("--rp_debugger", action="store_true", help="add the SDK's own measurements to results")
+    parser.add_argument("--rp_debugger", action="store_true", help="no effect")
     return parser
 
 
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+def _integer(minimum: int, maximum: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not (re.fullmatch("[0-9]{1,9}", text) and minimum <= int(text) <= maximum):
+            raise argparse.ArgumentTypeError(f"must be an integer from {minimum} to {maximum}")
+        return int(text)
 
-
-def _port(text: str) -> int:
-    if not (text.isdecimal() and int(text) < 2**16):
-        raise argparse.ArgumentTypeError(f"must be an integer from 0 to {2**16 - 1}, got {text}")
-    return int(text)
+    return read
 
 
 def _log_level(text: str) -> str:
-    if text.upper() not in LOG_LEVELS:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(LOG_LEVELS)}, got {text}")
-    return text.upper()
+    level = text.strip().upper()
+    level = {"WARNING": "WARN", "FATAL": "ERROR", "CRITICAL": "ERROR"}.get(level, level)
+    if level not in LOG_LEVELS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(LOG_LEVELS)}")
+    return level
+
+
+SDK_VARIABLES: dict[str, Callable[[str], object]] = {
+    "RUNPOD_LOG_LEVEL": _log_level,
+    "RUNPOD_DEBUG_LEVEL": _log_level,
+    # milliseconds
+    "RUNPOD_PING_INTERVAL": _integer(1000, 600_000),
+    "RUNPOD_REALTIME_PORT": _integer(0, 2**16 - 1),
+    # the SDK's server is one process
+    "RUNPOD_REALTIME_CONCURRENCY": _integer(1, 1),
+    "RUNPOD_GPU_TEST_TIMEOUT": _integer(1, 3600),
+    "RUNPOD_GPU_MAX_ERROR_MESSAGES": _integer(0, 1000),
+}
+"""The environment variables that the SDK parses when it is imported or started, and how each is read."""

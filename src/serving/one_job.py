@@ -12,36 +12,36 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from src.api import openai
 from src.errors import StartError
 from src.serving import log_output
-from src.serving.signals import exit_on_signals
 
 if TYPE_CHECKING:
     from src.serving.worker_loop import Handler
 
 
-def check_job(job: Any = None) -> None:
-    """Checks that there is a job and that its pictures can be saved; the worker validates its input.
+def read_job(argument: str | None) -> dict[str, Any]:
+    """Returns the job, and checks that its pictures can be saved; ``JobHandler`` validates its input.
 
     Args:
-        job: the value of --test_input; None means the job in test_input.json.
+        argument: the value of --test_input; None means the job in test_input.json.
 
     Raises:
         StartError: if there is none, or they cannot be saved.
     """
-    source = "--test_input"
-    if job is None:
-        source = "test_input.json"
-        try:
-            job = json.loads(Path(source).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise StartError(f"there is no {source} in {Path.cwd()}, and no --test_input") from None
-        except (OSError, ValueError) as error:
-            raise StartError(f"cannot read {source}: {error}") from None
+    source = "test_input.json" if argument is None else "--test_input"
+    try:
+        # the bytes that were typed, whatever the locale made of them
+        job = json.loads(Path(source).read_bytes() if argument is None else os.fsencode(argument))
+    except FileNotFoundError:
+        raise StartError(f"there is no {source} in {Path.cwd()}, and no --test_input") from None
+    except Exception as error:
+        raise StartError(f"cannot read {source}: {error}") from None
     if not (isinstance(job, dict) and isinstance(job.get("input"), dict)):
         raise StartError(f'{source} must be a job such as {{"input": {{"prompt": "..."}}}}')
     if not os.access(".", os.W_OK):
-        raise StartError(f"pictures cannot be saved in {Path.cwd()}: it may not be written by this user")
+        raise StartError(f"pictures cannot be saved in {Path.cwd()}: this user cannot write to it")
+    return {"id": str(job.get("id", "local_test")), "input": job["input"]}
 
 
 @asynccontextmanager
@@ -64,49 +64,41 @@ async def progress_bar(job_id: str, report: Callable[[], dict[str, Any]]) -> Asy
     log_output.drain()
 
 
-def run_job(handle: "Handler", *, quiet: bool) -> None:
-    """Hands ``handle`` to the SDK, which runs the job and exits with code 1 if it fails; then prints what was saved.
+def run_job(handle: "Handler", job: dict[str, Any], *, quiet: bool) -> None:
+    """Runs ``job``, saves its pictures in the working directory and prints what was saved; exits with 1 if it fails.
 
     Args:
         handle: takes a job and returns its output or its ``error``.
-        quiet: whether the SDK logs errors only, and not the result with the pictures.
+        job: the job.
+        quiet: whether only errors are logged, and not the result with the pictures.
     """
-    import runpod
+    from runpod import RunPodLogger
 
+    log = RunPodLogger()
     if quiet:
-        runpod.RunPodLogger().set_level("ERROR")
-    # if it is set, as on a Pod, the SDK serves instead
-    os.environ.pop("RUNPOD_REALTIME_PORT", None)
-    lines: list[str] = []
-    try:
-        runpod.serverless.start({"handler": keep_pictures(handle, lines)})
-    finally:
-        for line in lines:
-            print(line)
+        log.set_level("ERROR")
+    started = time.monotonic()
+    output = asyncio.run(handle(job))
+    seconds = time.monotonic() - started
+    if "error" not in output:
+        log.info(f"Job result: {output}")
+        try:
+            lines = [json.dumps(output)] if openai.is_call(job) else save_pictures(output, seconds)
+            return print(*lines, sep="\n")
+        except OSError as error:
+            output = {"error": f"cannot write {error.filename}: {error.strerror}"}
+    log.error(f"Job {job['id']} failed with error: {openai.error_text(output['error'])}")
+    log_output.exit_now(1)
 
 
-def keep_pictures(handle: "Handler", lines: list[str]) -> "Handler":
-    """Wraps ``handle`` to save each picture in the working directory and add a line about it to ``lines``."""
-
-    async def handle_and_keep(job: dict[str, Any]) -> dict[str, Any]:
-        # with its own signal handlers the SDK would wait for the picture and exit with code 0
-        exit_on_signals()
-        started = time.monotonic()
-        output = await handle(job)
-        if "error" in output:
-            return output
-        seconds = f"{time.monotonic() - started:.1f} s"
-        images = output.get("images", [output])
-        for i, image in enumerate(images, start=1):
-            number, ending = f"-{i}" if len(images) > 1 else "", output.get("output_format", "png")
-            place = image.get("image_url") or Path(f"picture{number}.{ending}").resolve()
-            if isinstance(place, Path):
-                try:
-                    place.write_bytes(base64.b64decode(image["image"]))
-                except OSError as error:
-                    return {"error": f"cannot write {place}: {error.strerror}"}
-            lines.append(f"{place}: seed {image['seed']}, {output['width']} x {output['height']}, {seconds}")
-        lines.extend(f"warning: {warning}" for warning in output.get("warnings", []))
-        return output
-
-    return handle_and_keep
+def save_pictures(output: dict[str, Any], seconds: float) -> list[str]:
+    """Saves the pictures of a job that took ``seconds``. Returns a line about each, and its warnings."""
+    lines = []
+    images = output.get("images", [output])
+    for i, image in enumerate(images, start=1):
+        number, ending = f"-{i}" if len(images) > 1 else "", output.get("output_format", "png")
+        place = image.get("image_url") or Path(f"picture{number}.{ending}").resolve()
+        if isinstance(place, Path):
+            place.write_bytes(base64.b64decode(image["image"]))
+        lines.append(f"{place}: seed {image['seed']}, {output['width']} x {output['height']}, {seconds:.1f} s")
+    return lines + [f"warning: {warning}" for warning in output.get("warnings", [])]

@@ -17,7 +17,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import aiohttp
@@ -39,11 +39,11 @@ MAX_REMEMBERED = 1000  # ids of jobs that have ended, and of jobs that were stop
 
 log = runpod.RunPodLogger()
 
-Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+Handler = Callable[[dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]
 
 
 def serve(handle: Handler, max_concurrency: int) -> None:
-    """Has the SDK call ``handle`` for each job. Returns when a local server stops; on the platform, never."""
+    """Has the SDK call ``handle`` for each job that RunPod sends; never returns."""
     rp_scale.JobScaler = WorkerLoop
     heartbeat.install()
     runpod.serverless.start({"handler": handle, "concurrency_modifier": lambda _: max_concurrency})
