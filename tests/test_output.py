@@ -126,6 +126,37 @@ def test_saved_picture_holds_all_parameters_to_make_it_again(prompt: str, negati
     }
 
 
+@pytest.mark.parametrize(("prompt", "chunk"), [("cafe", b"tEXt"), ("café", b"iTXt"), ("中文山 café", b"iTXt")])
+def test_png_has_text_that_is_not_ascii_in_utf8(prompt: str, chunk: bytes):
+    file = base64.b64decode(output(request(prompt=prompt))["image"])
+    assert chunk + b"parameters\0" in file
+    assert prompt.encode() in file
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "realistic vision, v5.1",
+        "style + detail:0.7",
+        "a: b, Steps: 3",
+        "two\nlines",
+        '"all"',
+        'back\\slash, "x"',
+        "山, 水",
+    ],
+)
+def test_value_that_would_break_the_parameters_is_quoted_as_web_uis_do(name: str):
+    *_, last = parameters(request(), 5, name).split("\n")
+    values = dict(re.findall(r"([\w ]+): (\"(?:[^\"\\]|\\.)*\"|[^,]*)(?:, |$)", last))
+    assert json.loads(values.pop("Model")) == name
+    assert list(values) == ["Steps", "Sampler", "CFG scale", "Seed", "Size"]
+    assert "\\u" not in last
+
+
+def test_value_that_needs_no_quotes_has_none():
+    assert parameters(request(), 5, 'a "b" c\\d-v1.4').endswith(', Model: a "b" c\\d-v1.4')
+
+
 def test_result_over_the_limit_is_refused_and_one_at_the_limit_is_not():
     size = len(json.dumps({"output": output(request())}))
     output(request(), limit=size)

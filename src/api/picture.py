@@ -1,6 +1,8 @@
 """A picture, and its file, which includes the parameters that it was generated with."""
 
 import io
+import json
+import re
 import struct
 from dataclasses import dataclass
 from typing import get_args
@@ -44,8 +46,14 @@ def parameters(request: ImageRequest, seed: int, model_name: str) -> str:
         if name not in NAMED_FIELDS and value != ImageRequest.model_fields[name].default:
             values[name.replace("_", " ").capitalize()] = value
     values["Model"] = model_name
-    lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in values.items()))
     return "\n".join(lines)
+
+
+def _quoted(value: object) -> str:
+    """Quotes a value as web UIs do, if it would end too early without quotes, or lose its own."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search('[,:\n]|^"', text) else text
 
 
 def encode(image: Image.Image, text: str, output_format: OutputFormat, quality: int) -> bytes:
@@ -62,7 +70,9 @@ def encode(image: Image.Image, text: str, output_format: OutputFormat, quality: 
     file = io.BytesIO()
     if output_format == "png":
         info = PngInfo()
-        info.add_text("parameters", text)
+        # sharp takes tEXt's Latin-1 for UTF-8
+        add = info.add_text if text.isascii() else info.add_itxt
+        add("parameters", text)
         image.save(file, format="PNG", pnginfo=info)
     else:
         image.save(file, format=output_format, quality=quality, exif=_exif(b"UNICODE\0" + text.encode("utf-16-be")))
