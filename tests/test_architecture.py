@@ -1,7 +1,6 @@
 """The structure of src: which room may import which, the length of modules, which modules need no PyTorch."""
 
 import ast
-import re
 from pathlib import Path
 
 import pytest
@@ -55,8 +54,3 @@ def test_api_settings_and_engine_need_no_pytorch():
     assert len(names) >= 10
     loaded = python(f"import sys, {', '.join(names)}; print(*sys.modules)").split()
     assert not {"torch", "diffusers", "transformers", "numpy", "runpod"} & set(loaded)
-
-
-def test_no_test_module_imports_another():
-    for path in (ROOT / "tests").rglob("*.py"):
-        assert not re.search(r"^(from|import) tests\.test_", path.read_text(encoding="utf-8"), re.M), path

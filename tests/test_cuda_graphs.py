@@ -145,14 +145,6 @@ def test_shape_that_does_not_fit_drops_the_other_graphs_and_is_not_tried_again(c
     assert captures.replayed == [8, 8, 24]
 
 
-def test_dropped_graphs_are_captured_again_on_next_use(captures: Captures):
-    graphed = GraphedStep(echo, captures)
-    for _ in "ab":
-        run_batches(graphed, 8)
-        graphed.clear()
-    assert captures.captured == [8, 8]
-
-
 def test_integer_and_float_timesteps_share_a_graph(captures: Captures):
     graphed = GraphedStep(lambda sample, timestep, *_, **__: (timestep,), captures)
     for timestep in (torch.tensor(7), torch.tensor(7.0), torch.tensor(7.0, dtype=torch.float64)):

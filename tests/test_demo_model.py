@@ -51,31 +51,14 @@ def test_words_file_is_up_to_date():
 
 
 @pytest.mark.parametrize(
-    "prompt",
-    [
-        "A double-black diamond mountain to ski on near Seattle.",
-        "a red circle on a blue background",
-        "two red hearts",
-        "the OCEAN at dusk, oil painting",
-        "a lighthouse at night",
-        "🎿 mountain",
-    ],
+    "prompt", ["two red hearts", "the OCEAN at dusk, oil painting", "a lighthouse at night", "🎿 mountain"]
 )
 def test_known_prompt_gets_no_warning(prompt: str):
     assert warnings(prompt) == []
 
 
 @pytest.mark.parametrize(
-    "prompt",
-    [
-        "一座山",
-        "горы на закате",
-        "la mer au crépuscule",
-        "a cat",
-        "a photo of the Eiffel tower at night",
-        "oil painting",
-        "🎿",
-    ],
+    "prompt", ["一座山", "la mer au crépuscule", "a cat", "a photo of the Eiffel tower at night", "oil painting", "🎿"]
 )
 def test_unknown_prompt_gets_a_warning(prompt: str):
     assert warnings(prompt) == [NOT_UNDERSTOOD]
