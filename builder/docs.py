@@ -26,7 +26,7 @@ def input_schema(limits: ModelLimits) -> dict[str, Any]:
     """Returns the schema of ``job["input"]`` for a model.
 
     It accepts what the worker accepts, and a little more: control characters, lone surrogates, invisible characters
-    beyond U+FFFF alone, and seeds so close to 2^53 that those of further images would exceed it.
+    beyond U+FFFF alone, texts that are no pictures, and fields that do not fit together.
     """
     schema = ImageRequest.model_json_schema()
     schema["required"] = ["prompt"]
@@ -38,6 +38,9 @@ def input_schema(limits: ModelLimits) -> dict[str, Any]:
     fields["negative_prompt"]["maxLength"] = MAX_PROMPT_LENGTH
     for name, field in fields.items():
         del field["title"]
+        if "anyOf" in field:
+            # pydantic's way to say that it may be null
+            field |= field.pop("anyOf")[0]
         if name != "prompt":
             # null means the default
             field["type"] = [field["type"], "null"]
@@ -119,7 +122,7 @@ def _titled(schema: dict[str, Any], title: str) -> dict[str, Any]:
 def _default(name: str, field: dict[str, Any]) -> str:
     if name == "prompt":
         return "required"
-    return f"`{json.dumps(field['default'])}`"
+    return "none" if field["default"] is None else f"`{json.dumps(field['default'])}`"
 
 
 def _bounds(field: dict[str, Any]) -> str:
@@ -127,6 +130,10 @@ def _bounds(field: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in field["enum"] if value)
     if "maxLength" in field:
         return f"{'1 to' if 'pattern' in field else 'at most'} {field['maxLength']:,} characters after trimming"
+    if "exclusiveMinimum" in field:
+        return f"above {field['exclusiveMinimum']}, to {field['maximum']}"
+    if "minimum" not in field:
+        return ""
     multiple = f", multiple of {field['multipleOf']}" if "multipleOf" in field else ""
     return f"{field['minimum']} to {field['maximum']}{multiple}"
 

@@ -91,7 +91,7 @@ class JobHandler:
         progress = Progress()
 
         def report() -> dict[str, Any]:
-            steps = request.num_inference_steps
+            steps = request.denoising_steps
             return {"progress": round(100 * progress.share), "step": round(steps * progress.share), "steps": steps}
 
         async with self._progress_reports(job["id"], report):
@@ -112,7 +112,7 @@ class JobHandler:
                 links=links,
             )
         log.info(
-            f"generated {request.num_images} of {request.width} x {request.height} in {request.num_inference_steps} "
+            f"generated {request.num_images} of {request.width} x {request.height} in {request.denoising_steps} "
             f"steps: {finished - started:.2f} s, encoded: {time.monotonic() - finished:.2f} s",
             job["id"],
         )

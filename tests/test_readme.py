@@ -12,6 +12,7 @@ from src.api.output import job_output
 from src.api.picture import Picture
 from src.api.request import ImageRequest
 from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION
+from tests.support.pictures import in_base64
 from tests.support.processes import ROOT
 
 PAGES = {
@@ -58,9 +59,9 @@ def test_response_table_lists_the_fields_of_an_output():
         return set(job_output(request, pictures, ["look out"], model_name="demo", max_result_bytes=10**7, **more))
 
     rows = table("README.md", "field | meaning")
-    one = fields({"output_format": "webp"})
+    one = fields({"output_format": "webp", "image": in_base64(RED)})
     assert set(rows) == one | fields({}, links=["https://example.com"])
-    of_an_image = one - fields({"output_format": "webp", "num_images": 2})
+    of_an_image = one - fields({"output_format": "webp", "image": in_base64(RED), "num_images": 2})
     assert of_an_image == {"image", "seed", "nsfw_content_detected"}
     assert fields({"num_images": 2}) - one == {"images"}
     assert "`images`" in README

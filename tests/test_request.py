@@ -109,7 +109,7 @@ def test_embedded_model_has_a_lower_size_limit():
 
 
 NOTHING_TAKES = [True, False, [], ["x"], {}, {"a": 1}, math.nan, math.inf, -math.inf]
-TEXTS = ("prompt", "negative_prompt", "output_format", "scheduler")
+TEXTS = ("prompt", "negative_prompt", "output_format", "scheduler", "image", "mask")
 
 
 @pytest.mark.parametrize("field", list(ImageRequest.model_fields))
@@ -155,6 +155,9 @@ MEANT = {
     "num_images": "numImages batch_size n n_iter num_images_per_prompt num_outputs num_samples samples numberOfImages",
     "output_format": "output_fromat outputFormat format image_format",
     "output_quality": "quality output_compression jpeg_quality",
+    "image": "image_url init_image init_images input_image",
+    "mask": "mask_image mask_url masks",
+    "strength": "denoising_strength prompt_strength",
     "scheduler": "schedule sampler sampler_index sampler_name samplerName scheduler_name",
 }
 """Other tools' names and misspellings of each field."""
@@ -165,12 +168,10 @@ def test_nearest_field_name_is_suggested(name: str, meant: str):
     assert refusal({"prompt": "x", name: 1}) == f"{name}: unknown field, did you mean {meant}?"
 
 
-OF_OTHER_TOOLS = (
-    "send_images init_image init_images strength clip_skip lora hires_fix hr_prompt hr_negative_prompt subseed"
-)
+OF_OTHER_TOOLS = "clip_skip lora hires_fix hr_prompt hr_negative_prompt subseed"
 
 
-@pytest.mark.parametrize("name", ["zzz", "", "_", "output", "output_url", "num", "image", *OF_OTHER_TOOLS.split()])
+@pytest.mark.parametrize("name", ["zzz", "", "_", "output", "output_url", "num", *OF_OTHER_TOOLS.split()])
 def test_unrelated_field_name_gets_no_suggestion(name: str):
     assert refusal({"prompt": "x", name: 1}) == f"{name}: unknown field"
 
@@ -190,7 +191,7 @@ def test_error_quotes_one_short_line_of_what_can_be_printed(text: str):
 def test_error_never_quotes_nothing():
     for name in ImageRequest.model_fields:
         for value in ("", "  "):
-            if name not in ("prompt", "negative_prompt"):
+            if name not in ("prompt", "negative_prompt", "image", "mask"):
                 assert refusal({"prompt": "x", name: value}).endswith(", got an empty string")
 
 

@@ -3,6 +3,8 @@
 import inspect
 from typing import Any
 
+from PIL import Image
+
 from src.api.limits import MAX_SEED, ModelLimits
 
 
@@ -15,11 +17,16 @@ def faults_across(**right: Any) -> list[str]:
         right: the model's ``limits``, and the fields by their names.
     """
     faults = []
-    for check in (_steps_of_scheduler, _last_seed):
+    for check in CHECKS:
         names = inspect.signature(check).parameters
         if right.keys() >= names.keys() and (fault := check(**{name: right[name] for name in names})):
             faults.append(fault)
     return faults
+
+
+def num_steps_done(num_inference_steps: int, strength: float | None) -> int:
+    """Returns how many steps diffusers' pipelines do when they start from a picture."""
+    return num_inference_steps if strength is None else int(num_inference_steps * strength)
 
 
 def _steps_of_scheduler(limits: ModelLimits, num_inference_steps: int, scheduler: str) -> str | None:
@@ -32,3 +39,25 @@ def _steps_of_scheduler(limits: ModelLimits, num_inference_steps: int, scheduler
 def _last_seed(seed: int, num_images: int) -> str | None:
     maximum = MAX_SEED - num_images + 1
     return f"seed: must be at most {maximum} for {num_images} images, got {seed}" if seed > maximum else None
+
+
+def _mask_needs_image(image: Image.Image | None, mask: Image.Image | None) -> str | None:
+    return "mask: needs image, the picture that it is a mask of" if mask and not image else None
+
+
+def _strength_needs_image(image: Image.Image | None, strength: float | None) -> str | None:
+    return "strength: needs image, the picture that it is about" if strength and not image else None
+
+
+def _some_steps(num_inference_steps: int, strength: float | None) -> str | None:
+    if num_steps_done(num_inference_steps, strength):
+        return None
+    return f"strength: num_inference_steps x strength must be 1 or more, got {num_inference_steps} x {strength}"
+
+
+def _strength_of_klms(scheduler: str, strength: float | None) -> str | None:
+    # it would start without the derivatives that it needs, and leave noise or lose contrast
+    return "scheduler: KLMS needs a strength of 1" if scheduler == "KLMS" and strength and strength < 1 else None
+
+
+CHECKS = (_steps_of_scheduler, _last_seed, _mask_needs_image, _strength_needs_image, _some_steps, _strength_of_klms)

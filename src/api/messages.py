@@ -26,6 +26,9 @@ OTHER_NAMES = {
     "output_quality": "image_quality jpeg_quality output_compression",
     "scheduler": "sample_method sampler sampler_index sampler_name sampler_type sampling_method scheduler_class "
     "scheduler_name scheduler_type",
+    "image": "image_url init_image init_images input_image",
+    "mask": "mask_image mask_url",
+    "strength": "denoising_strength prompt_strength",
 }
 """What web UIs, other workers and APIs call our fields, where that is too different for fuzzy matching."""
 
@@ -92,6 +95,8 @@ def _describe(error: ErrorDetails, fields: list[str]) -> str:
             message = f"must be a number, got {kind_of(value)}"
         case "greater_than_equal":
             message = f"must be at least {bounds['ge']}, got {shortened(value)}"
+        case "greater_than":
+            message = f"must be above {bounds['gt']}, got {shortened(value)}"
         case "less_than_equal":
             message = f"must be at most {bounds['le']}, got {shortened(value)}"
         case "multiple_of":

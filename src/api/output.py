@@ -35,6 +35,7 @@ OutputParameters = TypedDict(
     "OutputParameters",
     {
         **{name: ImageRequest.model_fields[name].annotation for name in SHARED_FIELDS},  # type: ignore[misc]
+        "strength": Annotated[NotRequired[float], Field(description="As used, with `image`; left out without")],
         "model": Annotated[str, Field(description="The model's name")],
         "output_format": Annotated[
             NotRequired[OutputFormat], Field(description="The picture's file format; omitted for `png`")
@@ -99,7 +100,7 @@ def job_output(
     else:
         for image, file in zip(images, encode_all(request, pictures, model_name), strict=True):
             image["image"] = base64.b64encode(file).decode()
-    shared = {name: getattr(request, name) for name in SHARED_FIELDS} | {"model": model_name}
+    shared = request.model_dump(include=set(SHARED_FIELDS), exclude_none=True) | {"model": model_name}
     if request.output_format != "png":
         shared["output_format"] = request.output_format
     if warnings := warnings + _safety_warnings(pictures):

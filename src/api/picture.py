@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from src.api.request import ImageRequest, OutputFormat
 
-NAMED_FIELDS = {"width", "height", "num_inference_steps", "guidance_scale", "scheduler"}
+NAMED_FIELDS = {"width", "height", "num_inference_steps", "guidance_scale", "scheduler", "strength"}
 """Fields that Stable Diffusion tools have their own names for in a picture's parameters."""
 
 
@@ -41,6 +41,8 @@ def parameters(request: ImageRequest, seed: int, model_name: str) -> str:
         "Seed": seed,
         "Size": f"{request.width}x{request.height}",
     }
+    if request.strength:
+        values["Denoising strength"] = request.strength
     for name in ImageRequest.shared_fields():
         value = getattr(request, name)
         if name not in NAMED_FIELDS and value != ImageRequest.model_fields[name].default:

@@ -22,7 +22,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from src.api.cross_checks import faults_across
+from src.api.cross_checks import faults_across, num_steps_done
+from src.api.input_picture import InputPicture, fitted_size, resized, resized_mask
 from src.api.limits import (
     INVISIBLE,
     MAX_GUIDANCE,
@@ -38,6 +39,8 @@ from src.api.messages import describe_errors, kind_of, quoted
 from src.errors import InvalidInput, shortened
 from src.schedulers import SCHEDULERS
 
+Task = Literal["text", "picture", "mask"]
+"""What a picture is made from, beside the prompt: nothing, a picture, or the part of one that a mask leaves."""
 OutputFormat = Literal["png", "jpeg", "webp"]
 """The names that Replicate's and OpenAI's image APIs share; Pillow, media types and file endings use them too."""
 
@@ -81,6 +84,8 @@ def _plain_text(value: str) -> str:
 
 Integer = Annotated[StrictInt, BeforeValidator(_whole_number)]
 Number = Annotated[StrictFloat, BeforeValidator(_real_number), Field(allow_inf_nan=False)]
+# the bounds come first, or they would be lost in the JSON Schema of a field that can be None
+Strength = Annotated[StrictFloat, Field(gt=0, le=1, allow_inf_nan=False), BeforeValidator(_real_number)]
 Text = Annotated[StrictStr, AfterValidator(_plain_text)]
 
 
@@ -90,7 +95,7 @@ class ImageRequest(BaseModel):
     # Everything that depends on a field is derived from its line here: the pipeline's call, what can share a batch, a
     # job's output, a picture's parameters, the JSON Schemas, the README's table.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, arbitrary_types_allowed=True)
 
     prompt: Annotated[Text, PerImage] = Field(description="What to generate")
     negative_prompt: Annotated[Text, PerImage] = Field("", description="What to keep out of the picture")
@@ -110,13 +115,23 @@ class ImageRequest(BaseModel):
         90, ge=1, le=100, description="Quality of `jpeg` and `webp`; `png` is lossless"
     )
     scheduler: str = Field(description="Sampler; by default the model's own. `LCM` does at most 50 steps")
+    image: Annotated[InputPicture, PerImage] = Field(
+        None,
+        description="A picture to start from: a PNG, JPEG or WebP file in base64, or its address; up to 4,096 x 4,096",
+    )
+    mask: Annotated[InputPicture, PerImage] = Field(
+        None, description="A picture that is white where `image` is to be painted anew, and black where it stays"
+    )
+    strength: Strength | None = Field(
+        None, description="How much of `image` is changed; by default 0.8, and 1 with `mask`"
+    )
 
     @classmethod
     def parse(cls, job_input: object, limits: ModelLimits) -> Self:
         """Validates a job's input for a model.
 
         Args:
-            job_input: ``job["input"]``, as parsed from JSON.
+            job_input: ``job["input"]``, as parsed from JSON, with pictures in base64, as files or decoded.
             limits: the model's defaults and bounds.
 
         Raises:
@@ -135,7 +150,16 @@ class ImageRequest(BaseModel):
             faults = describe_errors(error.errors(), cls.model_fields)
         if faults := faults + faults_across(limits=limits, **parsing.right):
             raise InvalidInput(*faults)
-        return request
+        asked = {name: getattr(request, name) for name in ("width", "height") if job_input.get(name) is not None}
+        return request._fitted(asked, limits.max_size)
+
+    def _fitted(self, asked: dict[str, int], max_size: int) -> Self:
+        """Returns the request with its pictures at the size at which they are used, which is the result's."""
+        if not self.image:
+            return self
+        width, height = size = fitted_size(self.image.size, max_size, asked)
+        pictures = {"image": resized(self.image, size), "mask": self.mask and resized_mask(self.mask, size)}
+        return self.model_copy(update={"width": width, "height": height} | pictures)
 
     @classmethod
     def shared_fields(cls) -> list[str]:
@@ -145,7 +169,16 @@ class ImageRequest(BaseModel):
     @property
     def batch_key(self) -> tuple[object, ...]:
         """Requests with the same key can share a batch."""
-        return tuple(getattr(self, name) for name in self.shared_fields())
+        return (self.task, *(getattr(self, name) for name in self.shared_fields()))
+
+    @property
+    def task(self) -> Task:
+        return "mask" if self.mask else "picture" if self.image else "text"
+
+    @property
+    def denoising_steps(self) -> int:
+        """The steps that are done: with ``strength`` below 1, those at the start are left out."""
+        return num_steps_done(self.num_inference_steps, self.strength)
 
     @property
     def seeds(self) -> list[int]:
@@ -157,7 +190,11 @@ class ImageRequest(BaseModel):
     def _fill_in(cls, job_input: dict[str, Any], info: ValidationInfo[_Parsing]) -> dict[str, Any]:
         limits = info.context.limits
         own = {"width": limits.native_size, "height": limits.native_size, "scheduler": limits.scheduler}
-        return own | {shortened(name): value for name, value in job_input.items() if value is not None}
+        given = {shortened(name): value for name, value in job_input.items() if value is not None}
+        if "image" in given:
+            # diffusers' defaults
+            own["strength"] = 1.0 if "mask" in given else 0.8
+        return own | given
 
     @field_validator("prompt", "negative_prompt")
     @classmethod

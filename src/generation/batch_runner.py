@@ -9,18 +9,28 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 
 from src.api.limits import MAX_STEPS, ModelLimits
 from src.api.picture import Picture
 from src.api.prompt_warnings import Vocabulary, truncation_warning, vocabulary_warnings
-from src.api.request import ImageRequest
+from src.api.request import ImageRequest, Task
 from src.errors import JobError
 from src.generation.cuda_graphs import GraphedStep
 from src.model.loading import take_a_step
 from src.schedulers import SCHEDULERS, TRAINED
 
+PIPELINES: dict[Task, Any] = {
+    "text": StableDiffusionPipeline,
+    "picture": StableDiffusionImg2ImgPipeline,
+    "mask": StableDiffusionInpaintPipeline,
+}
 SHARED = ImageRequest.shared_fields()
 
 
@@ -51,8 +61,7 @@ class BatchRunner:
         vocabulary: Vocabulary | None = None,
     ) -> None:
         self._pipe = pipe
-        parameters = inspect.signature(pipe.__call__).parameters
-        self._arguments = [name for name in ImageRequest.model_fields if name in parameters]
+        self._pipes: dict[Task, Any] = {"text": pipe}
         self._vocabulary = vocabulary
         self._graphs = graphs
         self._own_scheduler = _name_of(pipe.scheduler)
@@ -80,14 +89,11 @@ class BatchRunner:
         Returns:
             For each image the picture, or why there is none.
         """
-        shared, own_scheduler = requests[0], self._pipe.scheduler
-        self._pipe.scheduler = self._new_scheduler(shared.scheduler)
+        own_scheduler, pipe = self._pipe.scheduler, self._pipe_for(requests[0].task)
+        pipe.scheduler = self._new_scheduler(requests[0].scheduler)
         try:
-            generated = self._pipe(
-                **{
-                    name: getattr(shared, name) if name in SHARED else [getattr(request, name) for request in requests]
-                    for name in self._arguments
-                },
+            generated = pipe(
+                **_arguments(pipe, requests),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="pt",
                 callback_on_step_end=partial(_report_step, after_step),
@@ -96,14 +102,14 @@ class BatchRunner:
             )
         finally:
             # a used scheduler keeps the tensors of its latest steps alive
-            self._pipe.scheduler = own_scheduler
+            pipe.scheduler = own_scheduler
             if self._graphs:
                 self._graphs.end_batch()
         pixels, finite = _to_host(generated.images)
         blanked = generated.nsfw_content_detected or [None] * len(seeds)
         return [
-            Picture(Image.fromarray(image), seed, nsfw) if is_finite else NotFinite()
-            for image, is_finite, seed, nsfw in zip(pixels, finite, seeds, blanked, strict=True)
+            Picture(_finished(Image.fromarray(image), request, nsfw), seed, nsfw) if is_finite else NotFinite()
+            for image, is_finite, request, seed, nsfw in zip(pixels, finite, requests, seeds, blanked, strict=True)
         ]
 
     def release_memory(self) -> None:
@@ -132,6 +138,16 @@ class BatchRunner:
             vectors = self._pipe.maybe_convert_prompt(word, tokenizer).count(word) if word in learnt else 1
             starts += [begin] * vectors
         return starts
+
+    def _pipe_for(self, task: Task) -> Any:
+        """Returns the pipeline of a task, which shares the modules of the one that was loaded."""
+        if task not in self._pipes:
+            components = self._pipe.components
+            if task == "mask":
+                components["unet"] = _for_inpainting(components["unet"])
+            self._pipes[task] = PIPELINES[task](**components, requires_safety_checker=False)
+            self._pipes[task].set_progress_bar_config(disable=True)
+        return self._pipes[task]
 
     def _new_scheduler(self, name: str) -> Any:
         """Creates a scheduler without state from the configuration of the model's own."""
@@ -176,6 +192,34 @@ def _name_of(scheduler: Any) -> str:
     rows = [name for name, each in SCHEDULERS.items() if each.class_name == kind]
     exact = [name for name in rows if SCHEDULERS[name].options.items() <= scheduler.config.items()]
     return next(iter(exact + rows), kind)
+
+
+def _arguments(pipe: Any, requests: Sequence[ImageRequest]) -> dict[str, Any]:
+    """Returns the fields that a pipeline takes: one value for all images, or a list with one for each."""
+    parameters, arguments = inspect.signature(pipe.__call__).parameters, dict[str, Any]()
+    for name in ImageRequest.model_fields:
+        argument = "mask_image" if name == "mask" else name
+        if argument in parameters:
+            values = [getattr(request, name) for request in requests]
+            arguments[argument] = values[0] if name in SHARED else values
+    return arguments
+
+
+def _for_inpainting(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Returns a UNet that diffusers' inpainting accepts.
+
+    It refuses latents of more than 4 channels by the UNet's configuration alone: nothing in it depends on the number.
+    """
+    stand_in = copy.copy(unet)
+    stand_in.register_to_config(in_channels=4)
+    return stand_in
+
+
+def _finished(image: Image.Image, request: ImageRequest, nsfw: bool | None) -> Image.Image:
+    """Puts back the pixels outside of the mask, which have been encoded and decoded, unless the picture is blanked."""
+    if nsfw or not request.image or not request.mask:
+        return image
+    return Image.composite(image, request.image, request.mask)
 
 
 def _report_step(

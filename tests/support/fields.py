@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from src.api.limits import INVISIBLE, MAX_SEED, ModelLimits
 from src.api.request import ImageRequest
+from src.errors import InvalidInput
 from src.schedulers import SCHEDULERS
+from tests.support.pictures import in_base64, plain
 
 LIMITS = ModelLimits(native_size=64, max_size=128, scheduler="PNDM")
 """The limits of the smallest model in the tests."""
@@ -17,6 +19,7 @@ TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=50).filt
     lambda text: re.search(f"[^{INVISIBLE}\U00010000-\U0010ffff]", text)
 )
 """Nothing but invisible characters would count as empty."""
+PICTURES = st.sampled_from([in_base64(plain(color)) for color in ("red", "black", "white")])
 
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "prompt": TEXT,
@@ -30,16 +33,38 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "output_format": st.sampled_from(["png", "jpeg", "webp"]),
     "output_quality": st.integers(1, 100),
     "scheduler": st.sampled_from([*SCHEDULERS]),
+    "image": PICTURES,
+    "mask": PICTURES,
+    "strength": st.floats(0.01, 1),
 }
 
 PER_IMAGE = set(FIELDS) - set(ImageRequest.shared_fields())
 
 
+TASKS = {"text": set(), "picture": {"image", "strength"}, "mask": {"image", "mask", "strength"}}
+"""The fields that only some tasks have."""
+
+
+def valid(job_input: dict[str, Any]) -> bool:
+    try:
+        return bool(ImageRequest.parse(job_input, LIMITS))
+    except InvalidInput:
+        return False
+
+
+def job_inputs(field: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Inputs of any task that has ``field``, complete, with fields that fit together."""
+    tasks = [task for task, own in TASKS.items() if field in own or field not in TASKS["mask"]]
+    others = FIELDS.keys() - TASKS["mask"]
+    inputs = (st.fixed_dictionaries({name: FIELDS[name] for name in others | TASKS[task]}) for task in tasks)
+    return st.one_of(*inputs).filter(valid)
+
+
 @st.composite
 def two_requests(draw: st.DrawFn, field: str) -> tuple[ImageRequest, ImageRequest]:
     """Draws two requests that differ only in ``field``."""
-    first = {name: draw(values) for name, values in FIELDS.items()}
+    first = draw(job_inputs(field))
     # requests are compared, not inputs: parsing trims space and makes 7 of 7.0
     one = ImageRequest.parse(first, LIMITS)
-    other = draw(FIELDS[field].map(lambda value: ImageRequest.parse(first | {field: value}, LIMITS)).filter(one.__ne__))
-    return one, other
+    others = FIELDS[field].map(lambda value: first | {field: value}).filter(valid)
+    return one, draw(others.map(lambda other: ImageRequest.parse(other, LIMITS)).filter(one.__ne__))

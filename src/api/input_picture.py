@@ -1,0 +1,142 @@
+"""Pictures that clients send: a file in base64 or at an address -> an upright RGB picture, or why not."""
+
+import base64
+import io
+from collections.abc import Mapping
+from typing import Annotated
+
+# Pillow knows a format once its plugin is imported
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
+from PIL.JpegImagePlugin import JpegImageFile
+from pydantic import BeforeValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError, PydanticKnownError
+
+from src.api.limits import MIN_SIZE
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_SIDE = 4096
+"""Width and height in pixels. Such a picture takes 64 MiB, and three times that while it is converted."""
+MAX_READS = 100_000
+"""A PNG of the largest size has some 10,000 chunks; over a million empty ones Pillow takes seconds."""
+MAX_SCANS = 40
+"""Of a progressive JPEG, which usually has ten. Each takes 25 ms at the largest size, and 33 bytes of the file."""
+
+
+class _File(io.BytesIO):
+    """A file that is read in ``MAX_READS`` pieces at most."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise OSError("too many pieces")
+        return super().read(size)
+
+
+def _unusable(why: str) -> PydanticCustomError:
+    # not as a template, whose braces would be filled in
+    return PydanticCustomError("unusable_picture", "{why}", {"why": why})
+
+
+def _picture(value: object) -> object:
+    """Decodes a picture that is given in base64, as a ``data:`` URL, or as a file's bytes."""
+    match value:
+        case str():
+            return decode(_file(value))
+        case bytes():
+            return decode(value)
+        case Image.Image() | None:
+            return value
+        case _:
+            raise PydanticKnownError("string_type")
+
+
+InputPicture = Annotated[Image.Image | None, BeforeValidator(_picture), WithJsonSchema({"type": "string"})]
+
+
+def _file(text: str) -> bytes:
+    if text.startswith("data:"):
+        text = text.partition(";base64,")[2]
+    try:
+        symbols = text.encode("ascii").translate(None, b" \t\r\n").rstrip(b"=")
+        return base64.b64decode(symbols + b"=" * (-len(symbols) % 4), validate=True)
+    except ValueError:
+        raise _unusable("must be a file in base64, a data: URL with one, or its http or https address") from None
+
+
+def decode(file: bytes) -> Image.Image:
+    """Decodes a PNG, JPEG or WebP file, of an animation the first frame.
+
+    Returns:
+        An upright RGB picture of at most ``MAX_SIDE`` pixels each way, white where the file's is transparent.
+
+    Raises:
+        PydanticCustomError: if the file is damaged, too large or of another format.
+    """
+    too_large = _unusable(f"must have at most {MAX_SIDE} x {MAX_SIDE} pixels")
+    try:
+        # reads the header only
+        picture = Image.open(_File(file), formats=FORMATS)
+        if max(picture.size) > MAX_SIDE:
+            raise too_large
+        if isinstance(picture, JpegImageFile) and file.count(b"\xff\xda") > MAX_SCANS:
+            raise OSError("too many scans")
+        picture.load()
+        ImageOps.exif_transpose(picture, in_place=True)
+        return _on_white(picture)
+    except PydanticCustomError:
+        raise
+    except UnidentifiedImageError:
+        raise _unusable("must be a PNG, JPEG or WebP file") from None
+    except Image.DecompressionBombError:
+        raise too_large from None
+    except Exception:
+        # Pillow's decoders raise errors of a dozen classes
+        raise _unusable("is damaged or cut off") from None
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):
+        # 16 bit
+        picture = picture.point(lambda value: value / 256, "L")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    white = Image.new("RGB", picture.size, "white")
+    # alpha_composite would hold the GIL for half a second
+    white.paste(picture, mask=picture)
+    return white
+
+
+def fitted_size(size: tuple[int, int], max_size: int, asked: Mapping[str, int]) -> tuple[int, int]:
+    """Returns the width and height at which a picture is used, multiples of 8 in pixels.
+
+    Args:
+        size: the picture's own width and height.
+        max_size: the model's largest.
+        asked: ``width``, ``height`` or both. If one of them, the other keeps the picture's proportions; if none, the
+            picture is scaled down to ``max_size``, and never up.
+    """
+    width, height = size
+    if "width" in asked:
+        wanted, own = asked["width"], width
+    elif "height" in asked:
+        wanted, own = asked["height"], height
+    else:
+        wanted, own = min(max_size, max(size)), max(size)
+
+    def scaled(side: int) -> int:
+        return min(max(side * wanted // own // 8 * 8, MIN_SIZE), max_size)
+
+    return asked.get("width", scaled(width)), asked.get("height", scaled(height))
+
+
+def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Stretches ``picture`` to ``size``, as diffusers does."""
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def resized_mask(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Returns the mask that diffusers makes of ``picture``, in mode L: 255 where it is light, 0 elsewhere."""
+    return resized(picture.convert("L"), size).point(lambda value: 255 * (value >= 128))
