@@ -124,7 +124,6 @@ def main() -> None:
     # imported late, so that --help and misspelt arguments are answered at once
     from src.errors import StartError
     from src.serving import one_job
-    from src.serving.shared_memory import check_shared_memory
     from src.settings import Settings
     from src.startup.environment import set_environment
 
@@ -134,8 +133,6 @@ def main() -> None:
     try:
         if faults:
             raise StartError("; ".join(faults))
-        if mode is Mode.PLATFORM:
-            check_shared_memory()
         settings = Settings.from_environment()
         if mode is Mode.ONE_JOB:
             job = one_job.read_job(arguments.test_input)

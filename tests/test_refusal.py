@@ -72,18 +72,15 @@ def test_worker_takes_no_job_and_reports_why_when_another_host_may_help(
     assert cause in before if cause else "Traceback" not in before
 
 
-def test_worker_without_shared_memory_reports_so_before_it_loads_the_model(tmp_path: Path):
+def test_worker_needs_no_shared_memory():
     if os.geteuid() or not shutil.which("unshare"):
         pytest.skip("needs root, to mount a /dev/shm that cannot be written")
     mount = 'mount -t tmpfs -o ro none /dev/shm && exec "$@"'
     command = ["unshare", "--mount", "sh", "-c", mount, "sh", sys.executable, str(HANDLER)]
-    with serving() as platform, (tmp_path / "log").open("wb") as log:
-        worker = platform.workers[platform.start_worker(command, log=log, MODEL_ID="/nowhere")]
-        assert worker.process.wait(20) == 1
-        assert [ping["status"] for ping in worker.pings] == ["unhealthy"]
-    text = (tmp_path / "log").read_text()
-    assert "the worker cannot start: cannot write to /dev/shm, which the heartbeat needs: [Errno 30] Read-only" in text
-    assert "Traceback" not in text
+    with serving() as platform:
+        worker = platform.workers[platform.start_worker(command)]
+        assert Client(platform).generate()["status"] == "COMPLETED"
+        until(lambda: worker.pings)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,107 +1,62 @@
-"""The heartbeat: a process that tells the platform every few seconds that the worker is alive.
+"""The heartbeat: tells the platform every few seconds that the worker is alive, and which jobs it holds.
 
-What it sends is up to the SDK (``rp_ping``, runpod 1.12.0). The SDK forks it from the worker, CUDA context included,
-does not notice when it ends, and leaves it behind when the worker is killed. Here it is a fresh interpreter, which is
-replaced if it ends, and ends with the worker. This module can go when the SDK does the same.
+The SDK (runpod 1.12.0) runs ``rp_ping.Heartbeat.ping_loop`` in a process that it forks from the worker, CUDA context
+included. That process is missed by nobody when it ends, and outlives a worker that is killed. Here the same loop runs
+in a thread: pictures are made, and their files encoded, outside of Python's lock. This module can go when the SDK's
+heartbeat is a thread too, and reads no endless answer.
 """
 
 import logging
-import multiprocessing
 import os
-import signal
 import threading
-import time
-from multiprocessing import util
 from typing import Any
 
 import runpod
-from runpod.http_client import SyncClientSession
 from runpod.serverless import worker
-from runpod.serverless.modules import rp_ping
+from runpod.serverless.modules import rp_ping, worker_state
 
-from src.serving import log_output
-
-RESTART_PAUSE = 5.0
-LINE_INTERVAL = 60.0
-"""In seconds."""
-
-log = runpod.RunPodLogger()
+from src.serving.delivery import Outage, Timing
 
 
 def install() -> None:
     """Makes the SDK start this heartbeat instead of its own."""
-    # set globally, because the SDK itself creates the memory that it shares with the heartbeat
-    multiprocessing.set_start_method("spawn", force=True)
     worker.heartbeat = Heartbeat()
-
-
-def release() -> None:
-    """Frees what the worker shares with the process; ``os._exit`` does not, and multiprocessing would warn of it."""
-    util._run_finalizers(0)  # type: ignore[attr-defined]
-
-
-class Heartbeat:
-    """What ``runpod.serverless.worker`` needs of ``rp_ping.Heartbeat``."""
-
-    def start_ping(self, mirror: Any) -> None:
-        """Starts the process and a thread that watches it.
-
-        Args:
-            mirror: shared memory with the ids of the jobs that the worker holds.
-        """
-        if os.environ.get("RUNPOD_WEBHOOK_PING"):
-            threading.Thread(target=_keep_alive, args=(mirror,), daemon=True, name="heartbeat").start()
-
-
-def _keep_alive(mirror: Any) -> None:
-    while True:
-        process = multiprocessing.Process(target=_beat, args=(mirror,), daemon=True)
-        try:
-            process.start()
-            process.join()
-            log.error(f"the heartbeat ended with exit code {process.exitcode}, starting it again")
-        except OSError as error:
-            log.error(f"cannot start the heartbeat, trying again: {error}")
-        time.sleep(RESTART_PAUSE)
-
-
-def _beat(mirror: Any) -> None:
-    """Runs in the heartbeat's process."""
-    # Ctrl-C reaches the worker too
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    log_output.install()
-    rp_ping.log = QuietLog()
-    rp_ping.SyncClientSession = _open_session
+    worker_state.PingJobMirror = JobIds
     # it would log a line for every retry
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    rp_ping.Heartbeat.process_loop(mirror)
 
 
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent
-    parent.join()
-    os._exit(0)
+class JobIds:
+    """Stands in for the SDK's ``PingJobMirror``, which needs memory that processes share: a host may have none."""
+
+    _ids: str | None = None
+
+    def set(self, ids: str | None) -> None:
+        self._ids = ids
+
+    def get(self) -> str | None:
+        return self._ids
 
 
-def _open_session() -> Any:
-    session = SyncClientSession()
-    # no answer is read to its end: one that never ends would be the last ping
-    session.stream = True
-    return session
-
-
-class QuietLog:
-    """Stands in for the log of the SDK's heartbeat, which logs every failure; logs at most one a minute."""
+class Heartbeat(rp_ping.Heartbeat):  # type: ignore[misc]
+    """The SDK's heartbeat, in a thread."""
 
     def __init__(self) -> None:
-        self._logged = -LINE_INTERVAL
+        super().__init__()
+        self._outage = Outage("send the heartbeat", Timing())
 
-    def error(self, message: str) -> None:
-        if time.monotonic() - self._logged > LINE_INTERVAL:
-            self._logged = time.monotonic()
-            log.error(message)
+    def start_ping(self, mirror: Any = None, test: bool = False) -> None:
+        if os.environ.get("RUNPOD_WEBHOOK_PING"):
+            self._mirror = mirror
+            threading.Thread(target=self.ping_loop, args=(test,), daemon=True, name="heartbeat").start()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(log, name)
+    def _send_ping(self) -> None:
+        query = {"job_id": self._mirror.get(), "runpod_version": runpod.__version__}
+        timeout = 2 * self.PING_INTERVAL
+        try:
+            # no answer is read, not even a redirect's: one that never ends would be the last ping
+            self._session.get(self.PING_URL, params=query, timeout=timeout, stream=True, allow_redirects=False).close()
+        except Exception as error:
+            self._outage.failed(error)
+        else:
+            self._outage.succeeded()

@@ -69,7 +69,6 @@ class WorkerLoop:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._shutting_down.set)
         loop.run_until_complete(self.run())
-        heartbeat.release()
         exit_now(self._exit_code)
 
     async def run(self) -> None:

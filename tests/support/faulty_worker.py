@@ -27,7 +27,6 @@ def refuse_thread(_: threading.Thread) -> None:
 
 
 def main() -> None:
-    # not at import: the heartbeat's process imports this module too
     import_libraries()
     import torch
     from diffusers import StableDiffusionPipeline

@@ -18,6 +18,7 @@ from src.generation.cuda_graphs import GraphedStep
 from src.generation.engine import Engine
 from src.job_handler import JobHandler
 from src.serving import taken_jobs
+from src.serving.heartbeat import JobIds
 from src.serving.taken_jobs import Job
 from src.serving.worker_loop import WorkerLoop
 from src.settings import Settings
@@ -84,7 +85,9 @@ def split(text: str) -> Any:
     return taken_jobs._split(text)
 
 
-def send_ping(heartbeat: rp_ping.Heartbeat) -> None:
+def send_ping(heartbeat: rp_ping.Heartbeat, jobs: str | None = None) -> None:
+    heartbeat._mirror = JobIds()
+    heartbeat._mirror.set(jobs)
     heartbeat._send_ping()
 
 

@@ -143,7 +143,7 @@ class Platform:
                     self.start_worker(worker.command, **worker.environment)
 
     def kill_worker(self, name: str) -> None:
-        """Kills a worker and its heartbeat's process, as a failure of its host would."""
+        """Kills a worker, as a failure of its host would."""
         with suppress(ProcessLookupError):
             os.killpg(self.workers[name].process.pid, signal.SIGKILL)
 
