@@ -5,7 +5,6 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from functools import partial
 from typing import Any
 
 from runpod import RunPodLogger
@@ -43,8 +42,7 @@ class JobHandler:
         self._settings = settings
         self._progress_reports = progress_reports or reports_to_platform
         self._bucket = Bucket(settings) if settings.bucket_name else None
-        self._answering: dict[str, asyncio.Task[dict[str, Any]]] = {}
-        self._kept: dict[str, dict[str, Any]] = {}
+        self._answers: dict[str, asyncio.Task[dict[str, Any]]] = {}
 
     async def handle(self, job: dict[str, Any]) -> dict[str, Any]:
         """Returns the output of ``job``, or its ``error``, with ``refresh_worker`` if the device is lost.
@@ -52,25 +50,25 @@ class JobHandler:
         Raises only CancelledError: for any other exception, the SDK would send a traceback to the client. The log has
         the traceback of a failure under the job's id; prompts and pictures are never logged.
         """
-        if kept := self._kept.get(job["id"]):
-            return dict(kept)
-        answer = self._answering.get(job["id"])
+        answer = self._answers.get(job["id"])
         # a job that is delivered again must not wait for an answer that is being cancelled
         if not answer or answer.cancelling():
             in_its_shape = openai.answer(job, self._answer, self._engine.model_name, bool(self._bucket))
-            answer = self._answering[job["id"]] = asyncio.create_task(in_its_shape)
-            answer.add_done_callback(partial(self._keep, job["id"]))
+            answer = self._answers[job["id"]] = asyncio.create_task(in_its_shape)
+            answer.add_done_callback(self._forget)
         # a copy, because the SDK pops keys
         return dict(await answer)
 
-    def _keep(self, job_id: str, answer: asyncio.Task[dict[str, Any]]) -> None:
-        """Keeps an answer in case the platform delivers its job again, but no error, so that ``/retry`` works."""
-        if self._answering.get(job_id) is answer:
-            del self._answering[job_id]
-        if not answer.cancelled() and "error" not in answer.result():
-            self._kept[job_id] = answer.result()
-            if len(self._kept) > KEPT_ANSWERS:
-                del self._kept[next(iter(self._kept))]
+    def _forget(self, _: object) -> None:
+        """Keeps the last answers, in case the platform delivers a job again, but no error, so that ``/retry`` works."""
+
+        def is_good(answer: asyncio.Task[dict[str, Any]]) -> bool:
+            return answer.done() and not answer.cancelled() and "error" not in answer.result()
+
+        kept = [job_id for job_id, answer in self._answers.items() if is_good(answer)][-KEPT_ANSWERS:]
+        for job_id, answer in list(self._answers.items()):
+            if answer.done() and job_id not in kept:
+                del self._answers[job_id]
 
     async def _answer(
         self, job: dict[str, Any], read_input: openai.ReadInput, word_error: openai.WordError

@@ -16,6 +16,7 @@ from urllib.parse import quote
 import aiohttp
 import runpod
 from runpod.serverless.modules import rp_http
+from yarl import URL
 
 log = runpod.RunPodLogger()
 
@@ -32,8 +33,8 @@ class Timing:
     shutdown_pause: float = 1.0  # the longest during shutdown, when the platform may kill the process at any time
     line_interval: float = 60.0  # between two log lines about the same outage
     give_up: float = 600.0  # results are retried for RunPod's default execution timeout, after which the job has ended
-    result_timeout: float = 120.0  # for one try: enough for 10 MB at 0.1 MB/s
-    poll_timeout: float = 90.0  # for a long poll: the SDK's own limit
+    transfer_timeout: float = 120.0  # for sending a result, or reading an answer: enough for 10 MB at 0.1 MB/s
+    poll_timeout: float = 90.0  # until a long poll is answered: the SDK's own limit
     poll_interval: float = 0.2  # the shortest time from one long poll to the next if the first brought no jobs
     early_stop: float = 60.0  # a stop signal that arrives before its job is remembered
 
@@ -66,13 +67,14 @@ class Outage:
             log.warn(f"cannot {self._what}, trying again: {_reason(error)}", self._job_id)
         elif now - self._logged > self._timing.line_interval:
             self._logged = now
-            log.warn(f"cannot {self._what} for {now - self._began:.0f} s now: {_reason(error)}", self._job_id)
+            seconds = f"{now - self._began:.0f} s"
+            log.warn(f"has been unable to {self._what} for {seconds}: {_reason(error)}", self._job_id)
         self._pause = min(self._pause * 2 or self._timing.first_pause, self._timing.max_pause)
         return self._pause * random.uniform(0.5, 1)
 
     def succeeded(self) -> None:
         if self._pause:
-            log.info(f"could {self._what} again after {time.monotonic() - self._began:.1f} s", self._job_id)
+            log.info(f"can {self._what} again, after {time.monotonic() - self._began:.1f} s", self._job_id)
         self._pause = 0.0
 
 
@@ -88,7 +90,7 @@ async def deliver(
     give_up = time.monotonic() + timing.give_up
     while True:
         try:
-            await post(session, job_id, body, timing.result_timeout)
+            await post(session, job_id, body, timing.transfer_timeout)
             break
         except Exception as error:
             if (isinstance(error, Rejected) and error.is_final) or time.monotonic() > give_up:
@@ -106,8 +108,10 @@ async def deliver(
 
 async def post(session: aiohttp.ClientSession, job_id: str, body: bytes, timeout: float) -> None:
     """Sends a job's result or progress; raises unless the platform accepts it within ``timeout`` seconds."""
-    quoted_id = quote(job_id, safe="")
-    url = rp_http.JOB_DONE_URL.replace("$ID", quoted_id) + "&isStream=false"
+    # as an id, "." and ".." would be taken for steps in the path
+    quoted_id = quote(job_id, safe="").replace(".", "%2E")
+    address = URL(f"{rp_http.JOB_DONE_URL}&isStream=false")
+    url = URL(str(address).replace("$ID", quoted_id), encoded=True)
     headers = {"Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8", "X-Request-ID": quoted_id}
     limits = aiohttp.ClientTimeout(timeout, sock_connect=CONNECT_TIMEOUT, sock_read=SILENCE_TIMEOUT)
     async with session.post(url, data=body, headers=headers, timeout=limits, allow_redirects=False) as response:

@@ -26,8 +26,7 @@ def install() -> None:
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            null = os.open(os.devnull, os.O_RDWR)
-            setattr(sys, name, open(null, mode))  # noqa: PTH123, SIM115
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
     sys.stdout, sys.stderr = LineQueue(sys.stdout), LineQueue(sys.stderr)
     atexit.register(drain)
 

@@ -11,17 +11,19 @@ from typing import Any
 
 from runpod.http_client import AsyncClientSession
 
-from src.serving.delivery import SILENCE_TIMEOUT, post
+from src.serving.delivery import post
 from src.settings import on_runpod
 
 INTERVAL = 1.0  # seconds between two reports
+TIMEOUT = 5.0  # seconds that the platform has to answer one, for which a finished picture waits
 
 
 @asynccontextmanager
 async def progress_reports(job_id: str, report: Callable[[], dict[str, Any]]) -> AsyncIterator[None]:
     """Sends ``report()`` to the platform once a second while the block runs; does nothing elsewhere.
 
-    The block ends only when the platform has answered the last report, so none can arrive after the result.
+    The block ends only when the platform has answered the last report, so none can arrive after the result. A job that
+    is stopped has no result, and waits for nothing.
     """
     if not on_runpod():
         yield
@@ -30,6 +32,9 @@ async def progress_reports(job_id: str, report: Callable[[], dict[str, Any]]) ->
     reporter = asyncio.create_task(_send_reports(job_id, report, finished))
     try:
         yield
+    except asyncio.CancelledError:
+        reporter.cancel()
+        raise
     finally:
         finished.set_result(None)
         await reporter
@@ -44,4 +49,4 @@ async def _send_reports(job_id: str, report: Callable[[], dict[str, Any]], finis
             body = json.dumps({"status": "IN_PROGRESS", "output": report()}).encode()
             # the next report makes up for one that is lost
             with suppress(Exception):
-                await post(session, job_id, body, SILENCE_TIMEOUT)
+                await post(session, job_id, body, TIMEOUT)

@@ -1,12 +1,14 @@
 """Reads the platform's answer to job-take.
 
 One client's input must not cost another client a job. ``json.loads`` reads all of an answer or nothing, and so do
-pydantic_core, orjson and msgspec: it fails where one input is nested more deeply than Python's stack, has an integer of
-more than 4,300 digits, or is not valid UTF-8. Such an answer is cut into its jobs, and each is read alone.
+pydantic_core, orjson and msgspec. Here a number that Python cannot hold becomes infinity, and what is not valid Unicode
+a lone surrogate: no field of a request accepts either. An answer with a part that is nested more deeply than Python's
+stack is cut into its jobs, and each is read alone.
 """
 
 import asyncio
 import json
+import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,8 +19,12 @@ import runpod
 
 log = runpod.RunPodLogger()
 
-MAX_ANSWER_BYTES = 64 * 2**20
+MAX_JOBS = 8
+"""How many jobs the worker asks for at once."""
+MAX_ANSWER_BYTES = MAX_JOBS * 20 * 2**20
 """The longest answer that the worker reads. RunPod's limit for one job's request is 20 MB."""
+LARGE = 2**20
+"""From how many bytes on an answer is read in a thread."""
 
 
 @dataclass(frozen=True)
@@ -30,40 +36,29 @@ class Job:
     fault: str | None = None
 
 
-class _Unreadable(Exception):
-    """The JSON may be well-formed, but this process cannot read it."""
-
-
-async def read_body(response: aiohttp.ClientResponse) -> bytes:
-    """Returns the body of an answer, or as much as came before the request's time-out: it may hold whole jobs.
+async def read_body(response: aiohttp.ClientResponse, seconds: float) -> bytearray:
+    """Returns the body of an answer, or as much as came within ``seconds``: it may hold whole jobs.
 
     Raises:
         ValueError: if it has more than MAX_ANSWER_BYTES, decompressed.
     """
     body = bytearray()
     with suppress(TimeoutError):
-        async for chunk in response.content.iter_any():
-            body += chunk
-            if len(body) > MAX_ANSWER_BYTES:
-                raise ValueError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
-    return bytes(body)
+        async with asyncio.timeout(seconds):
+            async for chunk in response.content.iter_any():
+                body += chunk
+                if len(body) > MAX_ANSWER_BYTES:
+                    raise ValueError(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+    return body
 
 
-async def read_jobs(body: bytes) -> list[Job]:
+async def read_jobs(body: bytearray) -> list[Job]:
     """Returns the jobs of an answer, which is one job, or several in a list; ``null`` holds none.
 
     Raises:
         ValueError: if the answer is not empty but holds no job.
     """
-    try:
-        answer = json.loads(body)
-    except json.JSONDecodeError:
-        raise
-    except (RecursionError, ValueError):
-        # in a thread, because hostile input can take seconds
-        jobs = await asyncio.to_thread(_read_alone, body)
-    else:
-        jobs = [_job(each) for each in (answer if isinstance(answer, list) else [answer]) if answer is not None]
+    jobs = await asyncio.to_thread(_read, body) if len(body) >= LARGE else _read(body)
     found = [job for job in jobs if job]
     if jobs and not found:
         raise ValueError("the answer holds no job")
@@ -72,27 +67,26 @@ async def read_jobs(body: bytes) -> list[Job]:
     return found
 
 
-def _read_alone(body: bytes) -> list[Job | None]:
-    # bytes that are not UTF-8 become surrogates, which cannot be encoded
-    text = body.decode("utf-8", "surrogateescape").strip()
-    return [_read_job(part) for part in (_split(text) if text.startswith("[") else [text])]
+def _read(body: bytearray) -> list[Job | None]:
+    encoding = json.detect_encoding(body)
+    text = body.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass").strip()
+    try:
+        answer = _DECODER.decode(text)
+    except RecursionError:
+        return [_read_job(part) for part in (_split(text) if text.startswith("[") else [text])]
+    return [_job(each) for each in (answer if isinstance(answer, list) else [answer]) if answer is not None]
 
 
 def _read_job(text: str) -> Job | None:
+    fields, fault = dict[str, Any](), None
     try:
-        return _job(_load(text))
-    except _Unreadable:
-        pass
+        for member in _split(text.strip()):
+            try:
+                fields |= _DECODER.decode(f"{{{member}}}")
+            except RecursionError:
+                fault = "nested too deeply"
     except ValueError:
         return None
-    fields, fault = dict[str, Any](), None
-    for member in _split(text):
-        try:
-            fields |= _load(f"{{{member}}}")
-        except _Unreadable as unreadable:
-            fault = str(unreadable)
-        except ValueError:
-            return None
     return _job(fields, fault)
 
 
@@ -108,25 +102,15 @@ def _job(fields: Any, fault: str | None = None) -> Job | None:
     return Job(job_id, fields, fault)
 
 
-def _load(text: str) -> Any:
-    """Parses JSON.
-
-    Raises:
-        _Unreadable: if it is out of this process's bounds, or was not valid UTF-8.
-        ValueError: if it is not JSON.
-    """
+def _integer(digits: str) -> int | float:
     try:
-        text.encode()
-        return json.loads(text)
-    except RecursionError:
-        raise _Unreadable("nested too deeply") from None
-    except UnicodeEncodeError:
-        raise _Unreadable("not valid UTF-8") from None
-    except json.JSONDecodeError:
-        raise
+        return int(digits)
     except ValueError:
-        raise _Unreadable("a number has too many digits") from None
+        # more than 4,300 digits
+        return math.inf
 
+
+_DECODER = json.JSONDecoder(parse_int=_integer)
 
 _TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[{]+|[\]}]+|[,"]', re.DOTALL)
 """What structures JSON: strings as a whole, runs of brackets, commas, and quotes that begin no string."""

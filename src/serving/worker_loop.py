@@ -18,6 +18,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
 import aiohttp
@@ -31,11 +32,11 @@ from src.errors import InvalidInput
 from src.serving import heartbeat
 from src.serving.delivery import CONNECT_TIMEOUT, Outage, Rejected, Timing, deliver
 from src.serving.log_output import exit_now
-from src.serving.taken_jobs import Job, read_body, read_jobs
+from src.serving.taken_jobs import MAX_JOBS, Job, read_body, read_jobs
 from src.threads import start_pool
 
 THREADS = 32  # for asyncio.to_thread and looking up hosts: asyncio's own maximum
-MAX_REMEMBERED = 1000  # ids of jobs that have ended, and of jobs that were stopped before they came
+MAX_REMEMBERED = 1000  # ids of jobs that were answered, and of jobs that were stopped before they came
 
 log = runpod.RunPodLogger()
 
@@ -57,8 +58,9 @@ class WorkerLoop:
         self._max_concurrency = config["concurrency_modifier"](1)
         self._timing = timing or Timing()
         self._jobs: dict[asyncio.Task[None], str] = {}  # their ids; a job that is delivered twice has two tasks
-        self._ended: deque[str] = deque(maxlen=MAX_REMEMBERED)
+        self._answered: deque[str] = deque(maxlen=MAX_REMEMBERED)  # without an error: others may be sent again
         self._stopped_early: dict[str, float] = {}  # until when a stop signal that has overtaken its job counts
+        self._reading = asyncio.Lock()  # held while an answer with jobs arrives
         self._shutting_down = asyncio.Event()
         self._exit_code = 0
 
@@ -79,7 +81,8 @@ class WorkerLoop:
             await self._shutting_down.wait()
             # a second Ctrl-C waits for nothing
             asyncio.get_running_loop().add_signal_handler(signal.SIGINT, os._exit, 128 + signal.SIGINT)
-            taking.cancel()
+            async with self._reading:
+                taking.cancel()
             while self._jobs:
                 await asyncio.wait(self._jobs)
             listening.cancel()
@@ -89,33 +92,50 @@ class WorkerLoop:
         while True:
             while (free := self._max_concurrency - len(self._jobs)) <= 0:
                 await asyncio.wait(self._jobs, return_when=asyncio.FIRST_COMPLETED)
-            for job in await self._poll(rp_job._job_get_url(free), read_jobs, outage):
-                self._begin(job)
+            await self._poll(rp_job._job_get_url(min(free, MAX_JOBS)), self._begin_jobs, outage, self._reading)
 
     async def _listen_for_stops(self) -> None:
+        if not (url := rp_job._job_stop_url()):
+            log.warn("the platform has no address for cancellations: jobs that are cancelled run to their end")
+            return
         outage = Outage("listen for cancellations", self._timing)
         while True:
-            await self._poll(rp_job._job_stop_url(), self._stop_jobs, outage)
+            await self._poll(url, self._stop_jobs, outage, nullcontext())
 
-    async def _poll(self, url: str, read: Callable[[bytes], Awaitable[list[Any]]], outage: Outage) -> list[Any]:
-        """Sends a long poll and returns what ``read`` finds in the answer; pauses if that is nothing."""
-        asked, found = time.monotonic(), list[Any]()
+    async def _poll(
+        self,
+        url: str,
+        act: Callable[[bytearray], Awaitable[bool]],
+        outage: Outage,
+        reading: AbstractAsyncContextManager[object],
+    ) -> None:
+        """Sends a long poll and has ``act`` act on the answer; pauses unless it says that another may wait.
+
+        ``reading`` is held from the first byte of an answer until ``act`` is done.
+        """
+        asked, found = time.monotonic(), False
         try:
-            limits = aiohttp.ClientTimeout(self._timing.poll_timeout, sock_connect=CONNECT_TIMEOUT)
-            async with self._session.get(url, timeout=limits, allow_redirects=False) as response:
+            limits = aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT)
+            async with asyncio.timeout(self._timing.poll_timeout):
+                response = await self._session.get(url, timeout=limits, allow_redirects=False)
+            async with response, reading:
                 if response.status not in (200, 204, 400):  # 400 comes with FlashBoot, says the SDK
                     raise Rejected(response)
-                if response.status == 200 and (body := await read_body(response)):
-                    found = await read(body)
+                if response.status == 200 and (body := await read_body(response, self._timing.transfer_timeout)):
+                    found = await act(body)
+                outage.succeeded()
         except Exception as error:
-            # only the time-out of the whole request is exactly this class: there was no news
+            # only the time-out of the poll is exactly this class: there was no news
             if type(error) is not TimeoutError:
-                await asyncio.sleep(outage.failed(error))
-                return []
-        outage.succeeded()
+                return await asyncio.sleep(outage.failed(error))
         if not found:
             await asyncio.sleep(asked + self._timing.poll_interval - time.monotonic())
-        return found
+
+    async def _begin_jobs(self, answer: bytearray) -> bool:
+        jobs = await read_jobs(answer)
+        for job in jobs:
+            self._begin(job)
+        return bool(jobs)
 
     def _begin(self, job: Job) -> None:
         task = asyncio.create_task(self._work(job), name=job.id)
@@ -136,24 +156,30 @@ class WorkerLoop:
             self._exit_code = 1
             self._shutting_down.set()
         await deliver(self._session, job.id, result, self._shutting_down, self._timing)
+        if "error" not in result:
+            self._answered.append(job.id)
 
     def _end(self, task: asyncio.Task[None]) -> None:
         job_id = self._jobs.pop(task)
         if job_id not in self._jobs.values():
             JobsProgress().remove(job_id)
-        self._ended.append(job_id)
         if task.cancelled():
             log.info("Job stopped.", job_id)
 
-    async def _stop_jobs(self, answer: bytes) -> list[Any]:
-        """Stops the jobs that ``answer`` names. Returns no news, so that the next poll waits its time."""
-        for job_id in map(str, json.loads(answer).get("jobsToStop", [])):
+    async def _stop_jobs(self, answer: bytearray) -> bool:
+        """Stops the jobs that ``answer`` names, if any. The next poll may wait its time."""
+        match json.loads(answer):
+            case {"jobsToStop": [*named]}:
+                job_ids = [job_id for job_id in named if isinstance(job_id, str)]
+            case _:
+                job_ids = []
+        for job_id in job_ids:
             for task, held in self._jobs.items():
                 # a second cancellation would interrupt the cleanup that the first one began
                 if held == job_id and not task.cancelling():
                     task.cancel()
-            if job_id not in self._jobs.values() and job_id not in self._ended:
+            if job_id not in self._jobs.values() and job_id not in self._answered:
                 self._stopped_early[job_id] = time.monotonic() + self._timing.early_stop
                 if len(self._stopped_early) > MAX_REMEMBERED:
                     del self._stopped_early[next(iter(self._stopped_early))]
-        return []
+        return False

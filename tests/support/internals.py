@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,27 @@ def options_of_the_sdk() -> list[str]:
 
 async def stop_jobs(loop: WorkerLoop, *jobs: str) -> None:
     """Has the loop read a stop signal for ``jobs``."""
-    await loop._stop_jobs(json.dumps({"jobsToStop": jobs}).encode())
+    await loop._stop_jobs(bytearray(json.dumps({"jobsToStop": jobs}), "ascii"))
 
 
 def remembered_stops(loop: WorkerLoop) -> Collection[str]:
     """Returns the jobs that were stopped before they arrived."""
     return loop._stopped_early
+
+
+def shut_down(loop: WorkerLoop) -> None:
+    """Does what SIGTERM does."""
+    loop._shutting_down.set()
+
+
+def reads_jobs(loop: WorkerLoop) -> bool:
+    """Whether an answer with jobs is arriving."""
+    return loop._reading.locked()
+
+
+def remembered_answers(loop: WorkerLoop) -> deque[str]:
+    """Returns the jobs that were answered without an error."""
+    return loop._answered
 
 
 def begin_job(loop: WorkerLoop, session: aiohttp.ClientSession, job: Job) -> None:

@@ -30,6 +30,8 @@ class Fault:
     """Sends this in place of an HTTP answer, and closes the connection; does what was asked only if ``lost``."""
     trickle: bool = False
     """Sends a space now and then after the answer, for ever."""
+    halves: float = 0.0
+    """Sends the second half of the answer so many seconds after the first."""
     location: str | None = None
     """The target of a redirect, sent with ``status``."""
     twice: bool = False
@@ -102,6 +104,8 @@ class Faults(list[Fault]):
             raise asyncio.CancelledError
         if fault and fault.trickle:
             return await _trickle(request, fault.text or (await handler(request)).text)
+        if fault and fault.halves:
+            return await _send_in_halves(request, (await handler(request)).body, fault.halves)
         if fault and fault.text is not None:
             return web.Response(text=fault.text, content_type="application/json")
         if fault and fault.status:
@@ -124,6 +128,16 @@ class Faults(list[Fault]):
         fault.times -= 1
         if not fault.times:
             self.remove(fault)
+
+
+async def _send_in_halves(request: web.Request, body: bytes, seconds: float) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    middle = len(body) // 2
+    await response.write(body[:middle])
+    await asyncio.sleep(seconds)
+    await response.write(body[middle:])
+    return response
 
 
 async def _trickle(request: web.Request, text: str | None) -> web.StreamResponse:

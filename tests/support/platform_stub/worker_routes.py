@@ -1,11 +1,12 @@
 """The platform's routes for workers, as RunPod's SDK calls them."""
 
+import json
 import time
 
 from aiohttp import web
 
 from tests.support.platform_stub.platform import ENDPOINT, Platform
-from tests.support.platform_stub.routes import find_job
+from tests.support.platform_stub.routes import error, find_job
 
 
 class WorkerRoutes:
@@ -37,8 +38,10 @@ class WorkerRoutes:
         return web.json_response({"jobsToStop": stopped}) if stopped else web.Response(status=204)
 
     async def done(self, request: web.Request) -> web.Response:
-        result = await request.json()
         job, worker = find_job(self.platform, request), request.match_info["worker"]
+        if not sent_by_sdk(request):
+            raise error(web.HTTPBadRequest, "this is not what the SDK sends")
+        result = json.loads(await request.text())
         job.posts.append((time.monotonic(), result))
         if result.get("stopPod") and worker in self.platform.workers:
             self.platform.workers[worker].to_be_replaced = True
@@ -69,6 +72,16 @@ class WorkerRoutes:
             platform.faults.use_up(fault)
             platform.queue[:0] = jobs
         return [job.for_worker() for job in jobs]
+
+
+def sent_by_sdk(request: web.Request) -> bool:
+    """Whether a result has the query and the headers that the SDK's own have."""
+    wanted = {"Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8"}
+    return (
+        request.query.get("isStream") == "false"
+        and "X-Request-ID" in request.headers
+        and all(request.headers.get(name) == value for name, value in wanted.items())
+    )
 
 
 def _json(body: bytes) -> web.Response:
