@@ -1,7 +1,7 @@
 """The two kinds of errors that are written for people: for clients, and for the operator."""
 
 MAX_QUOTED_CHARACTERS = 40
-"""How many characters of a value an error quotes at most."""
+"""The maximum number of characters that an error quotes of a value."""
 
 
 class JobError(Exception):

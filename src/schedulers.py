@@ -14,7 +14,7 @@ class Scheduler:
     """Options that Stable Diffusion needs when the model's own scheduler is another one. Sources: diffusers' docs on
     schedulers, and its conversion of Stable Diffusion checkpoints."""
     max_steps: int | None = None
-    """The most denoising steps that the class can do, if that is less than a request may ask for."""
+    """The maximum number of denoising steps that the class supports, if a request may ask for more."""
 
 
 SCHEDULERS = {

@@ -31,7 +31,7 @@ DEMO_MODEL_ID = "demo"
 
 
 _LABEL = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
-"""What botocore requires of a region, and of each part of a host's name. Importing it here would delay the start."""
+"""What botocore accepts as a region, and as each part of a host name. Importing it here would delay the start."""
 _HOST = rf"(?=.{{1,255}}$)({_LABEL}\.)*{_LABEL}\.?"
 _ACCESS_POINT = r"arn:aws.*:[0-9]{12}:(accesspoint|outpost)[/:][\w.:/-]+"
 

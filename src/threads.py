@@ -1,4 +1,4 @@
-"""Threads that are there before they are needed."""
+"""A thread pool whose threads start in advance."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 def start_pool(threads: int, name: str) -> ThreadPoolExecutor:
     """Returns a pool whose threads are running.
 
-    By itself a pool starts a thread when work needs one. If memory or threads have run out by then, that raises an
-    exception although other threads would do, or never returns, on the event loop's thread too.
+    An ordinary pool starts a thread when work needs one. If memory or threads have run out by then, that raises an
+    exception although other threads could do the work, or never returns, even on the event loop's thread.
     """
     pool = ThreadPoolExecutor(threads, name)
     all_running = threading.Barrier(threads + 1)

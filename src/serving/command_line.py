@@ -37,10 +37,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def read_environment(arguments: argparse.Namespace) -> list[str]:
-    """Puts the variables that the SDK parses as it can read them, and the log level into ``arguments`` too.
+    """Rewrites the variables that the SDK parses so that it can read them, and sets ``arguments``' log level.
 
     Returns:
-        What is wrong with each bad one, which is removed: with it the SDK could not be imported, or would not start.
+        What is wrong with each invalid one. It is removed, because with it the SDK could not be imported or started.
     """
     faults = []
     for name, read in SDK_VARIABLES.items():

@@ -45,13 +45,13 @@ def exit_now(code: int) -> NoReturn:
 
 
 class _Begun(threading.local):
-    """What a thread has written of a line: ``print`` writes a text and its newline apart."""
+    """What a thread has written of a line: ``print`` writes a text and its newline separately."""
 
     text = ""
 
 
 class LineQueue:
-    """A text stream whose lines a thread writes to ``stream``; those that find it behind are dropped and counted.
+    """A text stream whose lines a thread writes to ``stream``; if it falls behind, lines are dropped and counted.
 
     It takes no lock, because a signal's handler or a finalizer may interrupt one call with another.
     """
@@ -71,7 +71,7 @@ class LineQueue:
         return len(text)
 
     def flush(self) -> None:
-        """Has what this thread has begun written, such as a progress bar; a whole line is anyway."""
+        """Writes what this thread has begun, such as a progress bar; whole lines are written anyway."""
         begun, self._begun.text = self._begun.text, ""
         if begun:
             self._put(begun)
@@ -96,7 +96,7 @@ class LineQueue:
         self._lines.put(line)
 
     def _write_lines(self) -> None:
-        # not by the stream: its lock would end the process with an error if this thread never returns from a write
+        # not through the stream: its lock would end the process with an error if this thread never returned from a write
         while True:
             line = self._lines.get()
             if isinstance(line, threading.Event):

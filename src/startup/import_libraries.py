@@ -78,7 +78,7 @@ DEFERRED: dict[str, Callable[[], None]] = {
     "scipy.optimize": _defer_optimize,
     # 0.3 s: of the schedulers only KLMS integrates
     "scipy.integrate": lambda: _defer("scipy.integrate"),
-    # 0.6 s: none of our schedulers is asked for a beta distribution
+    # 0.6 s: only beta distributions need it, which none of our schedulers uses
     "scipy.stats": lambda: _defer("scipy.stats"),
     # 1.1 s: the SDK's debugger asks for the processor's name in a subprocess
     "cpuinfo": lambda: _defer("cpuinfo", get_cpu_info=dict),

@@ -69,7 +69,7 @@ def _read_ahead(files: Iterable[Path]) -> None:
 def _make_cuda_context() -> None:
     """Creates the primary context of the first CUDA device, which PyTorch then uses; does nothing without a driver.
 
-    ctypes releases the GIL during these calls, so the imports go on meanwhile.
+    ctypes releases the GIL during these calls, so the imports continue meanwhile.
     """
     with suppress(OSError):
         cuda = ctypes.CDLL("libcuda.so.1")

@@ -33,7 +33,7 @@ SEED = 1
 DELIVERED_TWICE = 0.05
 """Share of the requests for jobs that the platform answers with jobs that it will hand out again."""
 SHARES = {"bad": 0.1, "cancelled": 0.1, "delivered again": 0.05}
-"""Of each kind's jobs among those that are of no kind before it. The last come again as soon as they are stopped."""
+"""Each kind's share of the jobs that are not of an earlier kind. The last kind comes again as soon as it is stopped."""
 STOPPED_LATE = 0.05
 """Share of the jobs for which a stop signal comes when they have ended."""
 BAD_INPUTS: list[dict[str, object]] = [

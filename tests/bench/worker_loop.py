@@ -101,7 +101,7 @@ def idle_worker(kind: str, seconds: float) -> Iterator[Platform]:
 
 
 def time_ratio(kind: str, jobs: int, seconds: float) -> float:
-    """Returns the time of ``jobs`` jobs that are sent at once, as a ratio of their work alone."""
+    """Returns the time of ``jobs`` jobs that are sent at once, as a multiple of the bare work time."""
     with idle_worker(kind, seconds) as platform:
         client = Client(platform)
         sent = [platform.jobs[client.run(guidance_scale=2 + i)] for i in range(jobs)]

@@ -11,7 +11,7 @@ import handler
 from src.startup.import_libraries import import_libraries
 
 SECRETS = f"at {__file__} on {socket.gethostname()} with token {os.environ.get('RUNPOD_AI_API_KEY')}"
-"""Text that no client may ever read."""
+"""Text that no client must ever see."""
 
 
 STEP_SECONDS = 0.1
