@@ -43,7 +43,8 @@ def test_jobs_are_answered_with_the_start_error_when_no_restart_can_help(
         assert (error["type"], error["message"]) == ("server_error", f"this endpoint cannot start: {why}")
         assert worker.poll() is None
     lines = (tmp_path / "log").read_text().splitlines()
-    assert len([line for line in lines if f"the worker cannot start: {why}" in line]) == 1
+    # once for the operator, and for each of the three jobs under its id
+    assert len([line for line in lines if f"the worker cannot start: {why}" in line]) == 1 + 3
     assert "Traceback" not in "".join(lines)
 
 

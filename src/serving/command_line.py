@@ -16,16 +16,11 @@ from src.errors import shortened
 class Mode(Enum):
     """What the process is started for."""
 
-    PLATFORM = auto()
-    """To take jobs from RunPod."""
-    POD = auto()
-    """To serve HTTP on a RunPod Pod, where no jobs arrive."""
-    LOCAL_SERVER = auto()
-    """To serve HTTP on this machine."""
-    ONE_JOB = auto()
-    """To run one job on this machine."""
-    CHECK = auto()
-    """To start, and exit."""
+    PLATFORM = auto()  # to take jobs from RunPod
+    POD = auto()  # to serve HTTP on a RunPod Pod, where no jobs arrive
+    LOCAL_SERVER = auto()  # to serve HTTP on this machine
+    ONE_JOB = auto()  # to run one job on this machine
+    CHECK = auto()  # to start, and exit
 
 
 LOG_LEVELS = ("ERROR", "WARN", "INFO", "DEBUG", "TRACE", "NOTSET")
@@ -33,7 +28,30 @@ LOG_LEVELS = ("ERROR", "WARN", "INFO", "DEBUG", "TRACE", "NOTSET")
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line; ends the process if it is invalid or asks for help."""
-    return _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        prog="handler.py",
+        usage="python handler.py [--test_input JSON | --check | --rp_serve_api] [options]",
+        description="Generates the pictures that test_input.json asks for. On RunPod: takes jobs.",
+        epilog="Settings are environment variables: see README.md.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--check", action="store_true", help="start the worker, log how long each part took, and exit")
+    parser.add_argument(
+        "--test_input", metavar="JSON", help="""a job, '{"input": {...}}'; default: test_input.json's"""
+    )
+    parser.add_argument("--rp_serve_api", action="store_true", help="serve /run, /runsync and /status over HTTP")
+    parser.add_argument("--rp_api_host", default="localhost", metavar="HOST", help="default: localhost")
+    parser.add_argument("--rp_api_port", type=_integer(0, 65535), default=8000, metavar="PORT", help="default: 8000")
+    parser.add_argument("--rp_api_concurrency", type=_integer(1, 1), default=1, metavar="1", help="no effect")
+    parser.add_argument(
+        "--rp_log_level",
+        type=_log_level,
+        metavar="LEVEL",
+        help=f"one of {', '.join(LOG_LEVELS)}; default: RUNPOD_LOG_LEVEL, RUNPOD_DEBUG_LEVEL or INFO. "
+        "From DEBUG on, the SDK logs prompts and pictures",
+    )
+    parser.add_argument("--rp_debugger", action="store_true", help="no effect")
+    return parser.parse_args(arguments)
 
 
 def read_environment(arguments: argparse.Namespace) -> list[str]:
@@ -69,37 +87,6 @@ def choose_mode(arguments: argparse.Namespace) -> Mode:
     return Mode.POD if on_pod() else Mode.ONE_JOB
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="handler.py",
-        usage="python handler.py [--test_input JSON | --check | --rp_serve_api] [options]",
-        description="Generates the pictures that test_input.json asks for. On RunPod: takes jobs.",
-        epilog="Settings are environment variables: see README.md.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--check", action="store_true", help="start the worker, log how long each part took, and exit")
-    parser.add_argument(
-        "--test_input", metavar="JSON", help="""a job in place of test_input.json: '{"input": {...}}'"""
-    )
-    parser.add_argument("--rp_serve_api", action="store_true", help="serve /run, /runsync and /status over HTTP")
-    parser.add_argument("--rp_api_host", default="localhost", metavar="HOST", help="default: localhost")
-    parser.add_argument(
-        "--rp_api_port", type=_integer(0, 2**16 - 1), default=8000, metavar="PORT", help="default: 8000"
-    )
-    parser.add_argument(
-        "--rp_api_concurrency", type=int, choices=[1], default=1, metavar="1", help="the SDK's server is one process"
-    )
-    parser.add_argument(
-        "--rp_log_level",
-        type=_log_level,
-        metavar="LEVEL",
-        help=f"one of {', '.join(LOG_LEVELS)}; default: RUNPOD_LOG_LEVEL, RUNPOD_DEBUG_LEVEL or INFO. "
-        "From DEBUG on, the SDK logs prompts and pictures",
-    )
-    parser.add_argument("--rp_debugger", action="store_true", help="no effect")
-    return parser
-
-
 def _integer(minimum: int, maximum: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         if not (re.fullmatch("[0-9]{1,9}", text) and minimum <= int(text) <= maximum):
@@ -122,7 +109,7 @@ SDK_VARIABLES: dict[str, Callable[[str], object]] = {
     "RUNPOD_DEBUG_LEVEL": _log_level,
     # milliseconds
     "RUNPOD_PING_INTERVAL": _integer(1000, 600_000),
-    "RUNPOD_REALTIME_PORT": _integer(0, 2**16 - 1),
+    "RUNPOD_REALTIME_PORT": _integer(0, 65535),
     # the SDK's server is one process
     "RUNPOD_REALTIME_CONCURRENCY": _integer(1, 1),
     "RUNPOD_GPU_TEST_TIMEOUT": _integer(1, 3600),

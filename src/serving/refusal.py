@@ -1,7 +1,5 @@
 """What a worker does when it cannot start."""
 
-import threading
-import time
 import traceback
 from typing import Any, NoReturn
 
@@ -12,8 +10,6 @@ from src.errors import JobError, StartError, one_line
 from src.serving import worker_loop
 from src.serving.log_output import exit_now
 from src.settings import Settings
-
-SECONDS_BETWEEN_LINES = 60.0
 
 log = runpod.RunPodLogger()
 
@@ -40,15 +36,10 @@ def refuse_to_start(error: Exception, *, takes_jobs: bool) -> NoReturn:
 
 def _answer_jobs(reason: str) -> None:
     async def handle(job: dict[str, Any]) -> dict[str, Any]:
+        log.error(f"failed: the worker cannot start: {reason}", job["id"])
         message = f"this endpoint cannot start: {reason}"
         return {"error": openai.word_error(JobError(message)) if openai.is_call(job) else message}
 
-    def repeat() -> None:
-        while True:
-            time.sleep(SECONDS_BETWEEN_LINES)
-            log.error(f"the worker cannot start: {reason}")
-
-    threading.Thread(target=repeat, daemon=True).start()
     worker_loop.serve(handle, Settings().max_concurrency)
 
 

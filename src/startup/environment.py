@@ -19,7 +19,6 @@ ENVIRONMENT = {
 }
 """Defaults of the libraries' environment variables, most of which are read at import."""
 
-
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """A container's CPU limit (cgroup v2): microseconds of CPU time, and the period in which it may use them."""
 

@@ -66,7 +66,10 @@ def _defer_compiler() -> None:
 
 
 def _defer_optimize() -> None:
-    _defer("scipy.optimize", linear_sum_assignment=_called_later("scipy.optimize", "linear_sum_assignment"))
+    def linear_sum_assignment(*arguments: Any, **options: Any) -> Any:
+        return _import("scipy.optimize").linear_sum_assignment(*arguments, **options)
+
+    _defer("scipy.optimize", linear_sum_assignment=linear_sum_assignment)
 
 
 DEFERRED: dict[str, Callable[[], None]] = {
@@ -119,11 +122,6 @@ def _import(name: str) -> ModuleType:
         if isinstance(sys.modules.get(name), _Deferred):
             del sys.modules[name]
     return importlib.import_module(name)
-
-
-def _called_later(module: str, name: str) -> Any:
-    """A function whose module is imported when it is called."""
-    return lambda *args, **kwargs: getattr(_import(module), name)(*args, **kwargs)
 
 
 class _WholePackages(MetaPathFinder, Loader):
