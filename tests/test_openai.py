@@ -194,14 +194,14 @@ def test_request_of_a_known_client_is_accepted(body: dict[str, Any], fields: dic
     [
         ({"stream": True}, ["stream: not supported"]),
         ({"partial_images": 2, "stream": "false"}, ["partial_images: not supported", "stream: not supported"]),
-        ({"n": 2, "num_images": 3}, ["n: contradicts num_images; send one of them"]),
+        ({"n": 2, "num_images": 3}, ["n: contradicts num_images, send one of them"]),
         (
             {"output_compression": 50, "output_quality": 60},
-            ["output_compression: contradicts output_quality; send one of them"],
+            ["output_compression: contradicts output_quality, send one of them"],
         ),
         (
             {"size": "64x64", "width": 64, "height": 64},
-            ["size: contradicts width; send one of them", "size: contradicts height, send one of them"],
+            ["size: contradicts width, send one of them", "size: contradicts height, send one of them"],
         ),
         ({"size": ""}, ["size: must be auto or such as 512x512, got an empty string"]),
         (

@@ -73,7 +73,7 @@ def read_input(call: Any, has_bucket: bool) -> tuple[object, bool]:
         fields.pop("size", None)
     for theirs, ours in NAMES.items():
         if theirs in fields:
-            faults += [f"{theirs}: contradicts {name}; send one of them" for name in ours if name in fields]
+            faults += [f"{theirs}: contradicts {name}, send one of them" for name in ours if name in fields]
             fields |= dict.fromkeys(ours, fields.pop(theirs))
     if match := re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size) if isinstance(size, str) else None:
         fields |= {"width": int(match[1]), "height": int(match[2])}

@@ -96,7 +96,7 @@ class LineQueue:
         self._lines.put(line)
 
     def _write_lines(self) -> None:
-        # not through the stream: its lock would end the process with an error if this thread never returned from a write
+        # not through the stream, whose lock would make the process exit with an error if a write never returned
         while True:
             line = self._lines.get()
             if isinstance(line, threading.Event):
