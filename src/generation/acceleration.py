@@ -4,6 +4,7 @@ from diffusers import StableDiffusionPipeline
 
 from src.generation.attention import enable_attention_slicing
 from src.generation.cuda_graphs import Capture, GraphedStep
+from src.generation.timesteps import accept_from_cpu
 from src.settings import Settings
 
 
@@ -15,6 +16,7 @@ def accelerate(pipe: StableDiffusionPipeline, settings: Settings) -> GraphedStep
     """
     # one image at a time: decoding a whole batch would need more memory than denoising it
     pipe.vae.enable_slicing()
+    accept_from_cpu(pipe.unet)
     graphs = None
     if settings.acceleration == "graphs" and pipe.device.type == "cuda":
         pipe.fuse_qkv_projections()

@@ -23,6 +23,7 @@ from src.api.prompt_warnings import Vocabulary, truncation_warning, vocabulary_w
 from src.api.request import ImageRequest, Task
 from src.errors import JobError
 from src.generation.cuda_graphs import GraphedStep
+from src.generation.timesteps import keep_on_cpu
 from src.model.loading import take_a_step
 from src.schedulers import SCHEDULERS, TRAINED
 
@@ -90,7 +91,7 @@ class BatchRunner:
             For each image the picture, or why there is none.
         """
         own_scheduler, pipe = self._pipe.scheduler, self._pipe_for(requests[0].task)
-        pipe.scheduler = self._new_scheduler(requests[0].scheduler)
+        pipe.scheduler = keep_on_cpu(self._new_scheduler(requests[0].scheduler))
         try:
             generated = pipe(
                 **_arguments(pipe, requests),

@@ -8,6 +8,7 @@ import torch
 from runpod import RunPodLogger
 
 from src.generation.cuda_errors import is_out_of_memory, release_frames
+from src.generation.timesteps import on_device
 
 log = RunPodLogger()
 
@@ -71,7 +72,7 @@ class GraphedStep:
         if return_dict or any(value is not None for value in others.values()):
             return self._forward(sample, timestep, encoder_hidden_states, return_dict=return_dict, **others)
         # schedulers use int64 or float32; the UNet begins by converting to float32
-        inputs = (sample, timestep.to(sample.device, torch.float32), encoder_hidden_states)
+        inputs = (sample, on_device(timestep.to(torch.float32), sample), encoder_hidden_states)
         key = tuple((each.shape, each.dtype) for each in inputs)
         if key in self._graphs:
             self._graphs.move_to_end(key)
