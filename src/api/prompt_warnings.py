@@ -4,6 +4,21 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from src.errors import shortened
+
+_SYNTAX_OF_WEB_UIS = re.compile(
+    r"""
+      [(\[] [^()\[\]]* (?: [^\s\d()\[\]]:[ ]?-?\d+ | :[ ]?-?\d*\.\d+ ) [)\]]  # (word:1.3), [a:b:0.5]; not (16:9)
+    | \(\( [^()]+ \)+                                                      # ((word))
+    | \[\[ [^\[\]]+ \]+                                                    # [[word]]
+    | \[ [^\[\]]+ \] (?= .* \[ [^\[\]]+ \] )                               # [word], more than once
+    | \[ [^\[\]]+ \| [^\[\]]+ \]                                           # [a|b]
+    | < (?: lora|lyco|hypernet ) : [^<>]+ >
+    | \b BREAK \b
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
 NOT_UNDERSTOOD = "prompt: the embedded model knows few of these words; it draws only landscapes and plain shapes"
 
 
@@ -15,6 +30,12 @@ class Vocabulary:
     """Names of what it can draw."""
     ignored: Collection[str]
     """Words that it has learned to ignore."""
+
+
+def syntax_warning(field: str, text: str) -> list[str]:
+    """Warns if a text has the syntax in which web UIs write weights, LoRAs and chunks. Ordinary brackets are none."""
+    found = _SYNTAX_OF_WEB_UIS.search(text)
+    return [f'{field}: syntax of web UIs is read as plain text: "{shortened(found[0])}"'] if found else []
 
 
 def truncation_warning(field: str, text: str, starts: list[int], max_tokens: int) -> list[str]:

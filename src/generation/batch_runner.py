@@ -19,7 +19,7 @@ from PIL import Image
 
 from src.api.limits import MAX_STEPS, ModelLimits
 from src.api.picture import Picture
-from src.api.prompt_warnings import Vocabulary, truncation_warning, vocabulary_warnings
+from src.api.prompt_warnings import Vocabulary, syntax_warning, truncation_warning, vocabulary_warnings
 from src.api.request import ImageRequest, Task
 from src.errors import JobError
 from src.generation.cuda_graphs import GraphedStep
@@ -120,10 +120,11 @@ class BatchRunner:
         torch.cuda.empty_cache()
 
     def prompt_warnings(self, request: ImageRequest) -> list[str]:
-        """Warns about text beyond the token limit, and about words that the model does not know."""
+        """Warns about text beyond the token limit, web UIs' syntax, and words that the model does not know."""
         warnings = vocabulary_warnings(request.prompt, self._vocabulary) if self._vocabulary else []
         for name in ("prompt", "negative_prompt"):
             text = getattr(request, name)
+            warnings += syntax_warning(name, text)
             warnings += truncation_warning(name, text, self._token_starts(text), self._pipe.tokenizer.model_max_length)
         return warnings
 
