@@ -24,19 +24,20 @@ RUN pip install --no-cache-dir --no-compile --no-deps -r constraints.txt \
 # file of PyTorch's that needs a newer Python.
 RUN python -m compileall -qf -j 0 -x py312_intrinsics --invalidation-mode unchecked-hash /usr/local/lib/python3.11
 
-# The model in float16. Another one: --build-arg MODEL_ID=...; none: --build-arg MODEL_ID=; a gated one also needs
-# --secret id=hf_token,src=FILE. Only the modules that fetch it are copied first, so other edits do not fetch it again.
+# The model in float16. Another one: --build-arg MODEL_ID=..., a hub id or owner/name/file.safetensors, which takes all but
+# its weights from BASE_MODEL; none: --build-arg MODEL_ID=; a gated one also needs --secret id=hf_token,src=FILE. Only the modules that fetch it are copied first, so other edits do not fetch it again.
 ARG MODEL_ID=CompVis/stable-diffusion-v1-4
 ARG MODEL_REVISION=
+ARG BASE_MODEL=CompVis/stable-diffusion-v1-4
 ARG HF_ENDPOINT=https://huggingface.co
 COPY builder/__init__.py builder/fetch_model.py builder/
-COPY src/__init__.py src/errors.py src/settings.py src/
-COPY src/model/__init__.py src/model/checks.py src/model/cuda_driver.py src/model/loading.py src/model/repository.py \
-    src/model/
+COPY src/__init__.py src/errors.py src/setting_types.py src/settings.py src/
+COPY src/model/__init__.py src/model/checks.py src/model/cuda_driver.py src/model/directory.py src/model/hub.py \
+    src/model/loading.py src/model/loras.py src/model/places.py src/model/repository.py src/model/single_file.py src/model/
 RUN --mount=type=cache,target=/tmp/huggingface --mount=type=secret,id=hf_token \
     [ -z "$MODEL_ID" ] \
     || HF_HOME=/tmp/huggingface HF_TOKEN_PATH=/run/secrets/hf_token PYTHONDONTWRITEBYTECODE=1 \
-    python -m builder.fetch_model --model "$MODEL_ID" --revision "$MODEL_REVISION" --output /model
+    python -m builder.fetch_model --model "$MODEL_ID" --revision "$MODEL_REVISION" --base "$BASE_MODEL" --output /model
 
 # The list of files that a start reads lets each start read them ahead.
 COPY handler.py test_input.json ./
@@ -49,7 +50,7 @@ RUN python -m compileall -q --invalidation-mode unchecked-hash . \
 USER 1000:1000
 
 # The model is in the image or in RunPod's cache, so the worker never asks the hub.
-ENV HOME=/app MODEL_ID=${MODEL_ID:+/model} HF_HUB_OFFLINE=1
+ENV HOME=/app MODEL_ID=${MODEL_ID:+/model} BASE_MODEL=${MODEL_ID:+/model} HF_HUB_OFFLINE=1
 CMD ["python", "handler.py"]
 
 ARG VERSION=unknown

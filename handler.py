@@ -51,7 +51,7 @@ def build_job_handler(settings: "Settings", progress_reports: "ProgressReports |
     # imports dominate a cold start, so disk reads are started first
     found = repository.find_local(settings)
     prefetch.begin(found)
-    import_libraries()
+    import_libraries(eager=["peft"] if settings.lora else [])
     from runpod import RunPodLogger
 
     from src.api import picture
@@ -97,7 +97,7 @@ def build_engine(
     from src.generation.acceleration import accelerate
     from src.generation.batch_runner import BatchRunner
     from src.generation.engine import Engine
-    from src.model import loading, repository
+    from src.model import loading, loras, repository
 
     log, begun = RunPodLogger(), time.monotonic()
     device = loading.choose_device(settings)
@@ -105,6 +105,8 @@ def build_engine(
     log.info(f"model: {model}, {model.where}, {time.monotonic() - begun:.1f} s")
     begun = time.monotonic()
     pipe = loading.load(model, device, settings, dtype)
+    for lora in model.loras:
+        log.info(loras.merge(pipe, lora))
     graphs = accelerate(pipe, settings)
     log.info(
         f"weights: {loading.describe(pipe)}, attention slicing {settings.attention_slicing}, "

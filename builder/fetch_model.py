@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from src.errors import StartError, one_line
 from src.model import repository
+from src.model.directory import ORIGIN
+from src.model.hub import LICENCES
 from src.settings import DEFAULT_MODEL_ID, Settings
 
 if TYPE_CHECKING:
@@ -25,13 +27,13 @@ def save(pipe: "StableDiffusionPipeline", folder: Path) -> None:
         file.chmod(0o644)
 
 
-def fetch(model_id: str, revision: str | None, output: Path) -> None:
+def fetch(model_id: str, revision: str | None, output: Path, base_model: str | None = None) -> None:
     """Saves ``model_id`` to ``output`` in float16; an existing directory is replaced only by a finished copy.
 
     Raises:
         StartError: if the model cannot be found or downloaded, or the worker cannot run it.
     """
-    settings = Settings(model_id=model_id, model_revision=revision)
+    settings = Settings(model_id=model_id, model_revision=revision, base_model=base_model)
     found = repository.find(settings)
     print(f"{found}: {found.where}, {found.path}", flush=True)
     # imported only now, so that a failed download is reported at once
@@ -46,10 +48,11 @@ def fetch(model_id: str, revision: str | None, output: Path) -> None:
         save(pipe, unfinished)
         index = unfinished / "model_index.json"
         # records what the copy was made from, for the worker's clients and its log
-        origin = {repository.ORIGIN: {"model": found.name, "commit": found.revision}}
+        origin = {ORIGIN: {"model": found.name, "commit": found.revision}}
         index.write_text(json.dumps(json.loads(index.read_text()) | origin, indent=2) + "\n")
-        for file in (*found.path.glob("LICENSE*"), *found.path.glob("README.md")):
-            shutil.copyfile(file, unfinished / file.name)
+        for pattern in LICENCES:
+            for file in found.licences.glob(pattern):
+                shutil.copyfile(file, unfinished / file.name)
         shutil.rmtree(output, ignore_errors=True)
         unfinished.rename(output)
     except Exception as error:
@@ -62,12 +65,13 @@ def fetch(model_id: str, revision: str | None, output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Download a model and save it in float16.")
-    parser.add_argument("--model", default=DEFAULT_MODEL_ID, help="hub id")
+    parser.add_argument("--model", default=DEFAULT_MODEL_ID, help="hub id, or owner/name/file.safetensors")
     parser.add_argument("--revision", help="hub revision; by default a pinned one for the default model")
+    parser.add_argument("--base", help="where a single file's tokenizer, scheduler and so on come from")
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     arguments = parser.parse_args()
     try:
-        fetch(arguments.model, arguments.revision or None, arguments.output)
+        fetch(arguments.model, arguments.revision or None, arguments.output, arguments.base)
     except StartError as error:
         sys.exit(f"cannot fetch the model: {error}")
 

@@ -2,93 +2,21 @@
 
 import difflib
 import os
-import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
-from urllib.parse import urlsplit
+from typing import Literal, Self
 
 from annotated_types import Ge, Le
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from src.errors import StartError, shortened
+from src.setting_types import Address, BucketName, Integer, Region, Secret, Token
 
 DEFAULT_MODEL_ID = "CompVis/stable-diffusion-v1-4"
 DEFAULT_MODEL_REVISION = "133a221b8aa7292a167afc5127cb63fb5005638b"
 """The commit of ``DEFAULT_MODEL_ID`` that is used by default."""
 DEMO_MODEL_ID = "demo"
 """The embedded model."""
-
-
-_LABEL = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
-"""What botocore accepts as a region, and as each part of a host name. Importing it here would delay the start."""
-_HOST = rf"(?=.{{1,255}}$)({_LABEL}\.)*{_LABEL}\.?"
-_ACCESS_POINT = r"arn:aws.*:[0-9]{12}:(accesspoint|outpost)[/:][\w.:/-]+"
-
-
-def _digits(value: object) -> object:
-    if isinstance(value, str) and not re.fullmatch(r"[+-]?[0-9]+", value):
-        # int() and pydantic also accept 1_0 and the digits of other scripts
-        raise PydanticCustomError("int_parsing", "not an integer")
-    return value
-
-
-def _filled_in(value: SecretStr) -> SecretStr:
-    if "RUNPOD_SECRET_" in value.get_secret_value():
-        raise PydanticCustomError("secret", "must be a secret of your account: RunPod found none with that name")
-    return value
-
-
-def _token(value: SecretStr) -> SecretStr:
-    token = value.get_secret_value()
-    if not (token.isascii() and token.isprintable()) or set(token) & set(" \"'`{}"):
-        raise PydanticCustomError("secret", "must be just a token, without spaces, quotes or control characters")
-    return value
-
-
-def _address(value: str) -> str:
-    if "@" in value:
-        raise PydanticCustomError("secret", "must hold no user and no password")
-    try:
-        url = urlsplit(value)
-        host = (url.hostname or "") if url.port != 0 else ""
-    except ValueError:
-        host = ""
-    if not (
-        (":" in host or re.fullmatch(_HOST, host))
-        and url.scheme in ("http", "https")
-        and re.fullmatch(r"[\w.~%!$&'()*+,;=:/-]*", url.path, re.ASCII)
-        and not (url.query or url.fragment)
-    ):
-        raise PydanticCustomError("bucket", "must be https:// or http:// and a host, perhaps with a port and a path")
-    return value
-
-
-def _bucket_name(value: str) -> str:
-    if not re.fullmatch(rf"[A-Za-z0-9][\w.-]{{0,254}}|{_ACCESS_POINT}", value, re.ASCII):
-        raise PydanticCustomError("bucket", "must be a name of letters, digits, dots, hyphens and underscores")
-    return value
-
-
-def _region(value: str) -> str:
-    if not re.fullmatch(_LABEL, value) or value.isdecimal():
-        raise PydanticCustomError("bucket", "must be a region such as us-east-1")
-    return value
-
-
-Integer = Annotated[int, BeforeValidator(_digits)]
-"""An upper bound without a stated source is there to catch typos."""
-Secret = Annotated[SecretStr, AfterValidator(_filled_in)]
 
 
 class Settings(BaseModel):
@@ -101,10 +29,12 @@ class Settings(BaseModel):
     model_id: str | None = Field(
         None,
         title="Model",
-        description="Hub id, local directory, or `demo` for the embedded model. "
+        description="Hub id, directory, `.safetensors` file (a path, or `owner/name/file.safetensors` on the hub), or "
+        "`demo` for the embedded model. "
         f"Default: `{DEFAULT_MODEL_ID}` on RunPod or with a CUDA device, `demo` otherwise",
         json_schema_extra={
-            "description": "Hub id or local directory of another Stable Diffusion 1.x model; /model is the image's own",
+            "description": "Hub id, directory or .safetensors file of another Stable Diffusion 1.x model; "
+            "/model is the image's own",
             "default": "/model",
         },
     )
@@ -113,8 +43,22 @@ class Settings(BaseModel):
         title="Model revision",
         description="Hub revision. Default: a pinned commit for the default model, `main` for others",
     )
-    hf_token: Annotated[Secret, AfterValidator(_token)] | None = Field(
+    hf_token: Token | None = Field(
         None, title="Hugging Face token", description="Hugging Face token, for gated or private models"
+    )
+    base_model: str | None = Field(
+        None,
+        title="Base model",
+        description="Directory or hub id of the model that lends a single file all but the weights: configurations, "
+        f"tokenizer, scheduler, safety checker. Default: `/model` in an image with a model, else `{DEFAULT_MODEL_ID}`",
+        json_schema_extra={"default": "/model"},
+    )
+    lora: str | None = Field(
+        None,
+        title="LoRAs",
+        description="LoRAs to merge into the weights at start: `.safetensors` files, paths or "
+        "`owner/name/file.safetensors` on the hub, each with `:scale` behind it if that is not 1, separated by commas",
+        json_schema_extra={"advanced": False},
     )
     attention_slicing: Literal["auto", "max", "off"] = Field(
         "auto",
@@ -156,21 +100,19 @@ class Settings(BaseModel):
         title="Largest result",
         description="Largest result in bytes; the default is the platform's limit for `/run`",
     )
-    bucket_endpoint_url: Annotated[str, AfterValidator(_address)] | None = Field(
+    bucket_endpoint_url: Address | None = Field(
         None,
         title="Bucket endpoint URL",
         description="S3-compatible storage for pictures; results then hold links. Requires the next three as well",
     )
-    bucket_access_key_id: Annotated[Secret, AfterValidator(_token)] | None = Field(
+    bucket_access_key_id: Token | None = Field(
         None, title="Bucket access key ID", description="Access key ID for the bucket"
     )
     bucket_secret_access_key: Secret | None = Field(
         None, title="Bucket secret access key", description="Secret access key for the bucket"
     )
-    bucket_name: Annotated[str, AfterValidator(_bucket_name)] | None = Field(
-        None, title="Bucket name", description="The bucket's name"
-    )
-    bucket_region: Annotated[str, AfterValidator(_region)] | None = Field(
+    bucket_name: BucketName | None = Field(None, title="Bucket name", description="The bucket's name")
+    bucket_region: Region | None = Field(
         None,
         title="Bucket region",
         description="The region that requests are signed for. Default: from the address, else `us-east-1`",

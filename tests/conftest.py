@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 def pytest_collection() -> None:
     """Imports the libraries as handler.py does. With ``-n``, the process that hands out the tests does without them."""
-    import_libraries()
+    import_libraries(eager=["peft"])
 
 
 @pytest.fixture(scope="session")

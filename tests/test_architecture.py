@@ -7,9 +7,10 @@ import pytest
 
 from tests.support.processes import ROOT, python
 
-GROUND = {"errors", "schedulers", "threads"}
+GROUND = {"errors", "schedulers", "setting_types", "threads"}
 MAY_IMPORT = {
     "errors": set(),
+    "setting_types": set(),
     "schedulers": set(),
     "threads": set(),
     "settings": GROUND,

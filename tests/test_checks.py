@@ -68,9 +68,8 @@ RENAME = "if these are the weights that you want, give them that name"
         (lambda folder: (folder / "model_index.json").unlink(), "not a diffusers pipeline: it has no model_index.json"),
         (
             single_file,
-            "not a diffusers pipeline: it has no model_index.json; dreamer_v8.safetensors is a single-file checkpoint, "
-            "which is not read: turn it into a directory with diffusers (StableDiffusionPipeline.from_single_file, "
-            "then save_pretrained)",
+            "not a diffusers pipeline: it has no model_index.json; for a single file, add its name, such as "
+            "dreamer_v8.safetensors",
         ),
         (
             lambda folder: (folder / "model_index.json").write_text("{"),
@@ -169,9 +168,3 @@ def test_model_is_refused_in_one_line(v1_4_repository: Path, tmp_path: Path, dam
     assert "\n" not in line
     # it is the same on every host
     assert not refused.value.may_recover
-
-
-def test_single_file_is_no_model(tmp_path: Path):
-    (tmp_path / "dreamer.safetensors").touch()
-    with pytest.raises(StartError, match=r"dreamer\.safetensors: a single-file checkpoint, which is not read: "):
-        repository.find(Settings(model_id=str(tmp_path / "dreamer.safetensors")))

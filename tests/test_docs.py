@@ -34,7 +34,7 @@ def test_hub_defaults_presets_and_tests_are_valid():
     hub = json.loads((ROOT / ".runpod" / "hub.json").read_text())["config"]
     assert hub["gpuIds"] == "ADA_24,AMPERE_24"
     defaults = {each["key"]: str(each["input"]["default"]) for each in hub["env"]}
-    assert Settings.from_environment(defaults) == Settings(model_id="/model")
+    assert Settings.from_environment(defaults) == Settings(model_id="/model", base_model="/model")
     for preset in hub["presets"]:
         Settings.from_environment(defaults | {name: str(value) for name, value in preset["defaults"].items()})
     tests = json.loads((ROOT / ".runpod" / "tests.json").read_text())

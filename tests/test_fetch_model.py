@@ -12,6 +12,7 @@ from src.model.checks import WEIGHTS
 from src.settings import Settings
 from tests.support import engines, forks, hub
 from tests.support.layouts import halve, weight_file
+from tests.support.single_files import make_checkpoint
 
 pytestmark = pytest.mark.process
 
@@ -19,9 +20,9 @@ REPO = "someone/tiny"
 
 
 def fetch(
-    output: Path, address: str, home: Path, *, revision: str = hub.REVISION, **environment: str
+    output: Path, address: str, home: Path, *, model: str = REPO, revision: str = hub.REVISION, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    command = ["builder.fetch_model", "--model", REPO, "--revision", revision, "--output", str(output)]
+    command = ["builder.fetch_model", "--model", model, "--base", REPO, "--revision", revision, "--output", str(output)]
     return forks.run_module(*command, **{"HF_ENDPOINT": address, "HF_HOME": str(home)} | environment)
 
 
@@ -65,6 +66,22 @@ def test_float16_files_are_baked_unchanged_with_licence_and_card(v1_4_repository
         )
         assert half.keys() == baked.keys()
         assert all(torch.equal(half[name], baked[name]) for name in half)
+
+
+def test_checkpoint_is_baked_as_a_whole_model(v1_4_repository: Path, tmp_path: Path):
+    folder, output = Path(shutil.copytree(v1_4_repository, tmp_path / "repository")), tmp_path / "model"
+    (folder / "more").mkdir()
+    make_checkpoint(folder, folder / "more" / "dreamer_8.safetensors")
+    (folder / "LICENSE").write_text("the checkpoint's")
+    with hub.serve(REPO, folder) as (address, _):
+        ran = fetch(output, address, tmp_path / "home", model=f"{REPO}/more/dreamer_8.safetensors")
+    assert ran.returncode == 0, ran.stderr
+    found = repository.find(Settings(model_id=str(output)))
+    assert (found.name, found.revision) == ("dreamer_8", hub.REVISION)
+    assert (output / "LICENSE").read_text() == "the checkpoint's"
+    for component in WEIGHTS:
+        baked, whole = (load_file(weight_file(each, component)) for each in (output, folder))
+        assert all(torch.equal(baked[name], whole[name].half()) for name in baked)
 
 
 def test_gated_model_is_fetched_with_a_token_that_is_stored_nowhere(v1_4_repository: Path, tmp_path: Path):

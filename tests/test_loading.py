@@ -9,12 +9,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import CLIPTextModel
 
 import handler
 from src.errors import StartError
 from src.generation.attention import FusedSlicedAttnProcessor
-from src.model import cuda_driver, repository
+from src.model import cuda_driver
 from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION, Settings
 from tests.support.engines import build, pipe_of
 from tests.support.layouts import edit, halve, rewrite, set_scheduler, weight_file
@@ -84,9 +85,9 @@ def test_default_model_is_pinned_v1_4_on_a_gpu_and_the_embedded_one_elsewhere(
 
     def nowhere(repo_id: str, **kwargs: object) -> str:
         asked.append((repo_id, kwargs["revision"]))
-        raise repository.LocalEntryNotFoundError("not here")
+        raise LocalEntryNotFoundError("not here")
 
-    monkeypatch.setattr(repository, "snapshot_download", nowhere)
+    monkeypatch.setattr("src.model.hub.snapshot_download", nowhere)
     assert build(None).model_name == "demo"
     monkeypatch.setattr(cuda_driver, "shows_device", lambda: True)
     pretend_cuda(monkeypatch)

@@ -8,10 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from huggingface_hub import constants
 
 from src.errors import StartError
 from src.model import repository
 from src.model.checks import WEIGHTS
+from src.model.directory import ORIGIN
 from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION, Settings
 from tests.support import forks, hub
 from tests.support.layouts import edit, halve, weight_file
@@ -27,10 +29,10 @@ def copy(v1_4_repository: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("model_id", "said"),
     [
-        ("/no/such/directory", "no such directory"),
-        ("./nowhere", "no such directory"),
-        ("no hub id", "neither a directory nor a hub id"),
-        ("a/b/c", "neither a directory nor a hub id"),
+        ("/no/such/directory", "no such file or directory"),
+        ("./nowhere", "no such file or directory"),
+        ("no hub id", "neither a directory, a file, nor a hub id"),
+        ("a/b/c", "neither a directory, a file, nor a hub id"),
         ("~nobody_of_this_name/model", "no such home directory: write the whole path in place of ~"),
     ],
 )
@@ -49,8 +51,8 @@ def find(environment: dict[str, str], *, runpod_cache: Path | None = None, user:
     """
     code = (
         "import os; from pathlib import Path; from src.errors import StartError\n"
-        "from src.model import repository; from src.settings import Settings\n"
-        f"repository.RUNPOD_CACHE = Path({str(runpod_cache or '/nowhere')!r})\n"
+        "from src.model import hub, repository; from src.settings import Settings\n"
+        f"hub.RUNPOD_CACHE = Path({str(runpod_cache or '/nowhere')!r})\n"
         f"if {user} and not os.geteuid(): os.setuid({user})\n"
         "try: print(repository.find(Settings.from_environment()).where)\n"
         "except StartError as error: print('may recover:' if error.may_recover else 'refused:', error)"
@@ -85,7 +87,7 @@ def cached(v1_4_repository: Path, cache: Path, name: str, commit: str) -> None:
 def test_pinned_cached_commit_is_preferred_and_another_is_logged(
     v1_4_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(repository, "RUNPOD_CACHE", tmp_path)
+    monkeypatch.setattr("src.model.hub.RUNPOD_CACHE", tmp_path)
 
     def found(revision: str | None = None) -> str | None:
         found = repository.find_local(Settings(model_id=DEFAULT_MODEL_ID, model_revision=revision))
@@ -103,7 +105,7 @@ def test_pinned_cached_commit_is_preferred_and_another_is_logged(
 
 
 def test_newest_usable_cached_snapshot_wins(v1_4_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(repository, "RUNPOD_CACHE", tmp_path)
+    monkeypatch.setattr("src.model.hub.RUNPOD_CACHE", tmp_path)
     for commit, changed in (("old", 1), ("new", 3), ("damaged", 4), ("middle", 2)):
         cached(v1_4_repository, tmp_path, REPO, commit)
         os.utime(tmp_path / "models--someone--tiny" / "snapshots" / commit, (changed, changed))
@@ -115,12 +117,12 @@ def test_newest_usable_cached_snapshot_wins(v1_4_repository: Path, tmp_path: Pat
 def test_fault_of_a_cached_model_is_reported_when_downloads_are_forbidden(
     v1_4_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(repository, "RUNPOD_CACHE", tmp_path)
+    monkeypatch.setattr("src.model.hub.RUNPOD_CACHE", tmp_path)
     cached(v1_4_repository, tmp_path, DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION)
     (weight,) = tmp_path.glob("*/snapshots/*/vae/*.safetensors")
     weight.unlink()
     assert repository.find_local(Settings(model_id=DEFAULT_MODEL_ID)) is None
-    monkeypatch.setattr(repository.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(StartError, match=f"^MODEL_ID={DEFAULT_MODEL_ID}: vae/{weight.name} is missing"):
         repository.find_local(Settings(model_id=DEFAULT_MODEL_ID))
 
@@ -303,6 +305,19 @@ def test_only_a_baked_model_has_the_name_of_its_origin(copy: Path):
     edit(copy, "model_index.json", _name_or_path="CompVis/stable-diffusion-v1-4", _commit_hash="abc")
     found = repository.find(Settings(model_id=str(copy)))
     assert (found.name, found.revision) == ("copy", None)
-    edit(copy, "model_index.json", **{repository.ORIGIN: {"model": REPO, "commit": hub.REVISION}})
+    edit(copy, "model_index.json", **{ORIGIN: {"model": REPO, "commit": hub.REVISION}})
     found = repository.find(Settings(model_id=str(copy)))
     assert (found.name, found.revision) == (REPO, hub.REVISION)
+
+
+def test_snapshot_folder_of_a_cache_has_the_name_of_its_model(v1_4_repository: Path, tmp_path: Path):
+    cached(v1_4_repository, tmp_path, "Someone/tiny-model", hub.REVISION)
+    snapshot = tmp_path / "models--Someone--tiny-model" / "snapshots" / hub.REVISION
+    (tmp_path / "link").symlink_to(snapshot)
+    for path in (snapshot, tmp_path / "link"):
+        assert str(repository.find(Settings(model_id=str(path)))) == f"Someone/tiny-model at {hub.REVISION[:12]}"
+    for folder in (snapshot.parent, snapshot.parent.parent):
+        with pytest.raises(
+            StartError, match=f"folder of a Hugging Face cache: name a commit in it, such as {snapshot}$"
+        ):
+            repository.find(Settings(model_id=str(folder)))

@@ -33,6 +33,8 @@ def test_every_variable_is_read():
         "model_id": "demo",
         "model_revision": "main",
         "hf_token": SecretStr("hf_secret"),
+        "base_model": "/model",
+        "lora": "a.safetensors:0.7",
         "attention_slicing": "off",
         "acceleration": "graphs",
         "safety_checker": False,

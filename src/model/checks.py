@@ -27,11 +27,6 @@ WEIGHTS = {
 }
 """The name of each component's weight file, without its ending, in the order of their sizes in v1-4, largest first."""
 
-SINGLE_FILE = (
-    "a single-file checkpoint, which is not read: turn it into a directory with diffusers "
-    "(StableDiffusionPipeline.from_single_file, then save_pretrained)"
-)
-
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Reads a JSON object.
@@ -52,13 +47,13 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def check(folder: Path, files: Set[str], *, safety_checker: bool) -> dict[str, str]:
+def check(folder: Path, files: Set[str], parts: Collection[str]) -> dict[str, str]:
     """Checks that a model is a Stable Diffusion pipeline in safetensors, without reading the weights.
 
     Args:
         folder: contains the model's JSON files.
         files: the names of all its files, such as ``unet/config.json``, including those that are not in ``folder`` yet.
-        safety_checker: whether the safety checker will be loaded.
+        parts: the components whose weights will be loaded, if the model has them.
 
     Returns:
         The weight file to load for each component, in the order of ``WEIGHTS``.
@@ -68,9 +63,7 @@ def check(folder: Path, files: Set[str], *, safety_checker: bool) -> dict[str, s
     """
     index = _read_index(folder, files)
     _check_configs(folder, index)
-    components = [name for name in WEIGHTS if index.get(name, [None])[0]]
-    if not safety_checker:
-        components = [name for name in components if name != "safety_checker"]
+    components = [name for name in WEIGHTS if name in parts and index.get(name, [None])[0]]
     if "safety_checker" in components:
         _check_feature_extractor(index, files)
     return _choose_weights(components, files)
@@ -78,8 +71,8 @@ def check(folder: Path, files: Set[str], *, safety_checker: bool) -> dict[str, s
 
 def _read_index(folder: Path, files: Set[str]) -> dict[str, Any]:
     if "model_index.json" not in files:
-        single = [name for name in sorted(files) if "/" not in name and name.endswith((".safetensors", ".ckpt"))]
-        hint = f"; {single[0]} is {SINGLE_FILE}" if single else ""
+        single = [name for name in sorted(files) if "/" not in name and name.endswith(".safetensors")]
+        hint = f"; for a single file, add its name, such as {single[0]}" if single else ""
         raise StartError(f"not a diffusers pipeline: it has no model_index.json{hint}")
     index = read_json(folder, "model_index.json")
     if (kind := index.get("_class_name")) != PIPELINE:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 
 from src.errors import StartError, one_line, shortened
@@ -65,7 +65,12 @@ def load(
 
 def _load(repository: Repository, device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     index = read_json(repository.path, "model_index.json")
-    components = {"image_encoder": None, "scheduler": _load_scheduler(repository.path, index["scheduler"])}
+    components: dict[str, Any] = {
+        "image_encoder": None,
+        "scheduler": _load_scheduler(repository.path, index["scheduler"]),
+    }
+    if repository.single_file:
+        components |= _load_single_file(repository.single_file, repository.path, device, dtype)
     for component, file in repository.weights.items():
         try:
             components[component], info = simple_get_class_obj(*index[component]).from_pretrained(
@@ -86,6 +91,29 @@ def _load(repository: Repository, device: str, dtype: torch.dtype) -> StableDiff
     if "safety_checker" not in components:
         components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return StableDiffusionPipeline.from_pretrained(repository.path, local_files_only=True, **components)
+
+
+def _load_single_file(file: Path, base: Path, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Loads the components that a checkpoint holds.
+
+    Args:
+        file: the checkpoint.
+        base: the directory with their configurations.
+        device: ``cuda`` or ``cpu``.
+        dtype: of the weights.
+    """
+    asked = {"config": str(base), "local_files_only": True, "dtype": dtype}
+    try:
+        # each tensor goes straight to the device
+        unet = UNet2DConditionModel.from_single_file(str(file), subfolder="unet", device=device, **asked)
+        vae = AutoencoderKL.from_single_file(str(file), subfolder="vae", device=device, **asked)
+        # only a pipeline can load the text encoder
+        others = dict.fromkeys(("unet", "vae", "tokenizer", "scheduler", "safety_checker", "feature_extractor"))
+        pipe = StableDiffusionPipeline.from_single_file(str(file), **asked, **others)
+        return {"unet": unet, "vae": vae, "text_encoder": pipe.text_encoder.to(device)}
+    except NotImplementedError as error:
+        # raised when a missing tensor is moved to the device
+        raise StartError("it lacks tensors of its UNet, VAE or text encoder") from error
 
 
 def _load_scheduler(folder: Path, pair: tuple[str, str]) -> Any:

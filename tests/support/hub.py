@@ -42,7 +42,8 @@ def serve(
 
     Yields:
         The hub's address, for ``HF_ENDPOINT``, and the paths of the files fetched so far. A download that was resumed
-        has the offset of its first byte after the path: ``unet/diffusion_pytorch_model.safetensors:1000``.
+        has the offset of its first byte after the path: ``unet/diffusion_pytorch_model.safetensors:1000``, and a
+        part of one its first and last.
     """
     fetched: list[str] = []
     broken: list[str] = []
@@ -92,7 +93,11 @@ def serve(
                 name = path.removeprefix(f"/{repo_id}/resolve/").partition("/")[2]
                 content = (folder / name).read_bytes()
                 headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": REVISION}
-                start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+                begin, _, end = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+                start = int(begin)
+                if end:
+                    fetched.append(f"{name}:{begin}-{end}")
+                    return self.answer(206, content[start : int(end) + 1], headers)
                 if self.command == "GET":
                     fetched.append(f"{name}:{start}" if start else name)
                     if breaks_off and name.endswith(breaks_off) and not broken:

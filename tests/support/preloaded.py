@@ -3,4 +3,4 @@
 import handler  # noqa: F401
 from src.startup.import_libraries import import_libraries
 
-import_libraries()
+import_libraries(eager=["peft"])

@@ -1,0 +1,113 @@
+"""LoRAs: read from the setting, checked by their headers, and merged into a loaded pipeline."""
+
+import math
+import re
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src.errors import StartError, one_line
+from src.model.single_file import Shapes, context_width, kind_of, read_shapes, version
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+OTHER_KINDS = {
+    "hada_": "a LoHa",
+    "lokr_": "a LoKr",
+    ".lora_mid.": "a LoCon with Tucker decomposition",
+    "dora_scale": "a DoRA",
+    "lora_te2_": "a LoRA for Stable Diffusion XL",
+    "text_encoder_2.": "a LoRA for Stable Diffusion XL",
+}
+"""What diffusers cannot merge, or only in part, by what a tensor's name contains."""
+
+MAX_QUOTED = 200
+"""In characters: the most that is quoted of an error, which may list every layer."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA that the operator chose."""
+
+    source: str
+    """As the setting has it."""
+    scale: float
+    path: Path
+
+    def __str__(self) -> str:
+        name = self.path.name.removesuffix(".safetensors")
+        if name == "pytorch_lora_weights":
+            # diffusers' own name for any
+            name = Path(self.source).parent.name
+        return name if self.scale == 1 else f"{name}:{self.scale:g}"
+
+
+def parse(setting: str) -> list[tuple[str, float]]:
+    """Splits ``LORA`` into paths, or the hub's ``owner/name/file.safetensors``, and scales.
+
+    Raises:
+        StartError: for a part of another form.
+    """
+    return [_parse_one(part.strip()) for part in setting.split(",")]
+
+
+def _parse_one(part: str) -> tuple[str, float]:
+    form = re.fullmatch(r"(.+\.safetensors)(?::\s*([^:]*))?", part)
+    if not form:
+        raise StartError(f"LORA={part}: must be a .safetensors file, or owner/name/file.safetensors on the hub")
+    try:
+        scale = float(form[2] or 1)
+    except ValueError:
+        scale = math.nan
+    # with 0 it would have no effect
+    if not 0 < abs(scale) <= 10:
+        raise StartError(f"LORA={part}: the scale must be a number from -10 to 10, and not 0")
+    return form[1], scale
+
+
+def check(shapes: Shapes, unet: Mapping[str, Any]) -> None:
+    """Checks that a file is a LoRA which diffusers can merge, for a model like this.
+
+    Args:
+        shapes: the file's tensors.
+        unet: the configuration of the model's UNet.
+
+    Raises:
+        StartError: saying what it is instead.
+    """
+    for fragment, kind in OTHER_KINDS.items():
+        if any(fragment in name for name in shapes):
+            raise StartError(f"{kind}, which cannot be merged into this model: use a plain LoRA")
+    if not any("lora" in name for name in shapes):
+        raise StartError(f"no LoRA, but {kind_of(shapes) or 'a checkpoint: set MODEL_ID to it'}")
+    context, expected = context_width(shapes), unet.get("cross_attention_dim", 1280)
+    if context not in (None, expected):
+        raise StartError(f"a LoRA for {version(context)}, the model is {version(expected)}")
+
+
+def merge(pipe: "StableDiffusionPipeline", lora: Lora) -> str:
+    """Adds a LoRA to the weights of a pipeline, on its device and in its dtype.
+
+    Returns:
+        A line for the log.
+
+    Raises:
+        StartError: if it has no effect, or diffusers cannot read it.
+    """
+    try:
+        pipe.load_lora_weights(str(lora.path), local_files_only=True, unet_config=pipe.unet.config)
+        placed = sum("lora_" in name for part in (pipe.unet, pipe.text_encoder) for name in part.state_dict())
+        pipe.fuse_lora(lora_scale=lora.scale)
+        pipe.unload_lora_weights()
+    except Exception as error:
+        why = textwrap.shorten(one_line(error), MAX_QUOTED, placeholder="...")
+        line = f"LORA={lora.source}: it does not fit this model, or diffusers cannot read it: {why}"
+        raise StartError(line) from error
+    if not placed:
+        raise StartError(f"LORA={lora.source}: no part of it fits this model")
+    # the others are a number each, alpha
+    given = sum(len(shape) > 1 for shape in read_shapes(lora.path).values())
+    return f"LoRA {lora}: {placed} of {given} tensors merged"
