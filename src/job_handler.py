@@ -13,6 +13,7 @@ from src.api import openai
 from src.api.bucket import Bucket
 from src.api.output import encode_all, job_output
 from src.api.request import ImageRequest
+from src.api.request_reader import read_request
 from src.errors import JobError
 from src.generation.engine import Engine
 from src.generation.pending import Progress
@@ -47,6 +48,8 @@ class JobHandler:
     async def handle(self, job: dict[str, Any]) -> dict[str, Any]:
         """Returns the output of ``job``, or its ``error``, with ``refresh_worker`` if the device is lost.
 
+        The job's input is taken out of it.
+
         Raises only CancelledError: for any other exception, the SDK would send a traceback to the client. The log has
         the traceback of a failure under the job's id; prompts and pictures are never logged.
         """
@@ -74,7 +77,11 @@ class JobHandler:
         self, job: dict[str, Any], read_input: openai.ReadInput, word_error: openai.WordError
     ) -> dict[str, Any]:
         try:
-            return await self._generate(job, *read_input(job.get("input")))
+            job_input, may_upload = read_input(job.pop("input", None))
+            request = await read_request(job_input, self._engine.limits)
+            # with pictures it can have 20 MB, and the job may wait
+            del job_input
+            return await self._generate(job["id"], request, may_upload)
         except JobError as error:
             if error.__cause__:
                 log.error("".join(traceback.format_exception(error.__cause__)), job["id"])
@@ -84,22 +91,21 @@ class JobHandler:
             log.error(traceback.format_exc(), job["id"])
             return {"error": word_error(JobError(f"internal error, see the worker's log for job {job['id']}"))}
 
-    async def _generate(self, job: dict[str, Any], job_input: object, may_upload: bool) -> dict[str, Any]:
-        request = ImageRequest.parse(job_input, self._engine.limits)
+    async def _generate(self, job_id: str, request: ImageRequest, may_upload: bool) -> dict[str, Any]:
         progress = Progress()
 
         def report() -> dict[str, Any]:
             steps = request.denoising_steps
             return {"progress": round(100 * progress.share), "step": round(steps * progress.share), "steps": steps}
 
-        async with self._progress_reports(job["id"], report):
+        async with self._progress_reports(job_id, report):
             started = time.monotonic()
             result = await self._engine.generate(request, progress)
             finished = time.monotonic()
             links = None
             if self._bucket and may_upload:
                 files = await asyncio.to_thread(encode_all, request, result.pictures, self._engine.model_name)
-                links = await self._bucket.upload_all(files, job["id"], request.output_format)
+                links = await self._bucket.upload_all(files, job_id, request.output_format)
             output = await asyncio.to_thread(
                 job_output,
                 request,
@@ -112,6 +118,6 @@ class JobHandler:
         log.info(
             f"generated {request.num_images} of {request.width} x {request.height} in {request.denoising_steps} "
             f"steps: {finished - started:.2f} s, encoded: {time.monotonic() - finished:.2f} s",
-            job["id"],
+            job_id,
         )
         return dict(output)

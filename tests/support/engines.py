@@ -42,6 +42,11 @@ def occupy(engine: Engine, released: threading.Event) -> None:
     engine._thread.submit(released.wait)
 
 
+def waiting(engine: Engine) -> int:
+    """Returns the number of images that wait for the device."""
+    return len(engine._waiting)
+
+
 def shut_down(engine: Engine) -> None:
     """Ends the engine's threads, which keep its pipeline in memory."""
     engine._thread.shutdown()

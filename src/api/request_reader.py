@@ -1,0 +1,126 @@
+"""Reads a job's input without blocking the event loop, and downloads the pictures that it has addresses of."""
+
+import asyncio
+import ctypes
+import re
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from src.api.limits import ModelLimits
+from src.api.request import ImageRequest
+from src.errors import InvalidInput
+
+FETCH_SECONDS = 10.0
+MAX_FILE_BYTES = 20_000_000
+
+_ADDRESS = re.compile("https?://", re.IGNORECASE)
+_PLACEHOLDER = Image.new("RGB", (1, 1))
+_reader = ThreadPoolExecutor(1, thread_name_prefix="request reader")
+"""One at a time, because a picture of the largest size takes 200 MB while it is read."""
+
+
+class _NotFetched(str):
+    """Why there is no file, in words for the client."""
+
+
+async def read_request(job_input: object, limits: ModelLimits) -> ImageRequest:
+    """Returns the request that ``job_input`` is, with its pictures.
+
+    An address is fetched once everything else has been found valid.
+
+    Raises:
+        InvalidInput: listing every fault.
+    """
+    if not isinstance(job_input, dict) or not {"image", "mask"} & job_input.keys():
+        return ImageRequest.parse(job_input, limits)
+
+    async def parse(**files: object) -> ImageRequest:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(_reader, ImageRequest.parse, {**job_input, **files}, limits)
+
+    addresses = {
+        name: value
+        for name in ("image", "mask")
+        if isinstance(value := job_input.get(name), str) and _ADDRESS.match(value)
+    }
+    request = await parse(**dict.fromkeys(addresses, _PLACEHOLDER))
+    return await parse(**await _fetch_all(addresses)) if addresses else request
+
+
+async def _fetch_all(addresses: dict[str, str]) -> Mapping[str, object]:
+    """Returns the file at each address, by its field."""
+    files = dict(zip(addresses, await asyncio.gather(*map(_fetch, addresses.values())), strict=True))
+    if faults := [f"{name}: {file}" for name, file in files.items() if isinstance(file, _NotFetched)]:
+        raise InvalidInput(*faults)
+    return files
+
+
+async def _fetch(address: str) -> bytes | _NotFetched:
+    download = _Download(address)
+    download.start()
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(download.outcome), FETCH_SECONDS)
+    except TimeoutError:
+        return _NotFetched(f"could not be fetched within {FETCH_SECONDS:g} s")
+    finally:
+        download.stop()
+
+
+class _Download(threading.Thread):
+    """Downloads a file on a thread of its own.
+
+    ``stop`` ends it when the host sends the next byte, or has sent none for ``FETCH_SECONDS``.
+    """
+
+    def __init__(self, address: str) -> None:
+        super().__init__(name="download", daemon=True)
+        self._address = address
+        self._ending = threading.Lock()
+        self.outcome = Future[bytes | _NotFetched]()
+        self.outcome.set_running_or_notify_cancel()
+
+    def run(self) -> None:
+        with suppress(SystemExit):
+            outcome = _get(self._address)
+            with self._ending:
+                self.outcome.set_result(outcome)
+
+    def stop(self) -> None:
+        # a thread that has ended may have given its number to another
+        with self._ending:
+            if self.ident and not self.outcome.done():
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), ctypes.py_object(SystemExit))
+
+
+def _get(address: str) -> bytes | _NotFetched:
+    # of what this imports, api needs nothing else
+    import requests
+    from runpod.serverless.utils import rp_ssrf
+
+    try:
+        if "@" in urlsplit(address).netloc:
+            return _NotFetched("must be an address without a user name")
+        # compressed, a small answer could become a huge one
+        headers = {"Accept-Encoding": "identity"}
+        with rp_ssrf.safe_get(address, headers=headers, timeout=FETCH_SECONDS) as response:
+            if response.status_code != 200:
+                return _NotFetched(f"could not be fetched, its host answered {response.status_code}")
+            file = bytearray()
+            for part in response.iter_content(2**16):
+                file += part
+                if len(file) > MAX_FILE_BYTES:
+                    return _NotFetched(f"must have at most {MAX_FILE_BYTES // 10**6} MB")
+            return bytes(file)
+    except rp_ssrf.SSRFError:
+        # the same for a name that does not exist, so that nobody learns which names the endpoint's network has
+        return _NotFetched("could not be fetched, its address leads to no public host")
+    except requests.exceptions.SSLError:
+        return _NotFetched("could not be fetched, its host has no valid certificate")
+    except Exception:
+        # requests and urllib3 raise errors of a dozen classes, with the address in them
+        return _NotFetched("could not be fetched, its host does not answer as it should")
