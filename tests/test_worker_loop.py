@@ -777,6 +777,15 @@ def test_result_is_sent_as_the_sdk_sends_it(monkeypatch: pytest.MonkeyPatch):
     assert len(sdks) == 1
 
 
+@pytest.mark.parametrize("job_id", [".", ".."])
+def test_id_of_dots_is_no_step_in_the_path(monkeypatch: pytest.MonkeyPatch, job_id: str):
+    async def send(session: aiohttp.ClientSession) -> None:
+        await deliver(session, job_id, {}, asyncio.Event(), Timing())
+
+    ((_, path, _, _),) = asyncio.run(requests_of(send, monkeypatch))
+    assert f"/job-done/worker-1/{'%2E' * len(job_id)}?" in path
+
+
 @pytest.mark.parametrize("jobs", [None, "job-1,job-2"])
 def test_heartbeat_is_the_sdks_own(monkeypatch: pytest.MonkeyPatch, jobs: str | None):
     def beat(kind: type[rp_ping.Heartbeat]) -> Callable[[object], Any]:
