@@ -22,6 +22,7 @@ from src.job_handler import JobHandler
 from src.settings import Settings
 from tests.support.client import Client
 from tests.support.examples import run
+from tests.support.pictures import in_base64, plain
 from tests.support.platform_stub import Platform
 
 QUICK = {"num_inference_steps": 2}
@@ -97,6 +98,22 @@ def test_bad_request_is_an_error_in_openais_format(images: OpenAI, fields: dict[
 def test_error_for_another_route_names_the_supported_routes(images: OpenAI):
     with pytest.raises(BadRequestError, match="no such route; the routes are /v1/images/generations and /v1/models"):
         images.chat.completions.create(model="demo", messages=[{"role": "user", "content": "hello"}])
+
+
+def test_picture_to_start_from_goes_beside_openais_fields(images: OpenAI):
+    ours = QUICK | {"image": in_base64(plain("red", (64, 72))), "strength": 0.5, "seed": 3}
+    masked = ours | {"mask": in_base64(plain("black"))}
+    for fields, is_as_sent in ((ours, False), (masked, True)):
+        answer = images.images.generate(prompt="the sea", size="auto", extra_body=fields)
+        picture = Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json)))
+        assert (picture.size, answer.size) == ((64, 72), "64x72")
+        assert (picture.getcolors() == [(64 * 72, (255, 0, 0))]) is is_as_sent
+
+
+def test_route_for_edits_names_the_one_that_takes_pictures(images: OpenAI):
+    refused = "/v1/images/edits is not supported: send image and mask in base64 to /v1/images/generations"
+    with pytest.raises(BadRequestError, match=refused):
+        images.post("/images/edits", body={"prompt": "the sea", "image": "..."}, cast_to=object)
 
 
 def test_javascript_client_gets_pictures(node_modules: Path, platform: Platform, client: Client, tmp_path: Path):

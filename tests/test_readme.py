@@ -75,6 +75,14 @@ def test_example_job_gets_the_answer_shown():
     assert {**answered["output"], "image": ""}.items() <= {**output, "image": ""}.items()
 
 
+def test_kinds_of_request_that_the_hub_announces_are_supported():
+    description = json.loads((ROOT / ".runpod" / "hub.json").read_text())["description"]
+    kinds = re.split(r", | and ", description.split(".")[0].lower())
+    (not_supported,) = re.findall(r"\*\*Not supported:\*\* (.*)", README)
+    assert kinds == ["text to image", "image to image", "inpainting"]
+    assert not [kind for kind in kinds if kind in not_supported]
+
+
 @pytest.mark.parametrize("error", table("README.md", "error"))
 def test_listed_error_exists_in_the_code(error: str):
     # the longest part that is neither left out nor put in

@@ -15,6 +15,8 @@ from src.errors import InvalidInput, JobError
 
 IMAGES, MODELS = "/v1/images/generations", "/v1/models"
 """The supported routes."""
+EDITS = "/v1/images/edits"
+"""OpenAI's route for pictures as input. Its clients send them as a form, and RunPod forwards only JSON."""
 NAMES = {"n": ["num_images"], "output_compression": ["output_quality"], "size": ["width", "height"]}
 """OpenAI's names for fields that have other names here."""
 NOT_SUPPORTED = ("partial_images", "stream")
@@ -58,6 +60,8 @@ def read_input(call: Any, has_bucket: bool) -> tuple[object, bool]:
     Raises:
         InvalidInput: if the route is not supported, or naming what is wrong with OpenAI's own fields.
     """
+    if call["openai_route"] == EDITS:
+        raise InvalidInput(f"{EDITS} is not supported: send image and mask in base64 to {IMAGES}")
     if call["openai_route"] != IMAGES:
         raise InvalidInput(f"no such route; the routes are {IMAGES} and {MODELS}")
     body = call.get("openai_input")
