@@ -44,9 +44,9 @@ class StartError(Exception):
 
 def one_line(error: BaseException) -> str:
     """Formats an error as one line, with its type unless it was written for people."""
-    line = _printable(next(iter(str(error).strip().splitlines()), ""))
     if isinstance(error, JobError | StartError):
-        return line
+        return _printable(str(error))
+    line = _printable(next(iter(str(error).strip().splitlines()), ""))
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 

@@ -155,9 +155,9 @@ MEANT = {
     "num_images": "numImages batch_size n n_iter num_images_per_prompt num_outputs num_samples samples numberOfImages",
     "output_format": "output_fromat outputFormat format image_format",
     "output_quality": "quality output_compression jpeg_quality",
-    "image": "image_url init_image init_images input_image",
-    "mask": "mask_image mask_url masks",
-    "strength": "denoising_strength prompt_strength",
+    "image": "image_url init_image init_images input_image images image_base64 source_image",
+    "mask": "mask_image mask_url masks inpaint_mask",
+    "strength": "denoising_strength prompt_strength denoise image_strength init_strength",
     "scheduler": "schedule sampler sampler_index sampler_name samplerName scheduler_name",
 }
 """Other tools' names and misspellings of each field."""

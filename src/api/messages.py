@@ -26,9 +26,10 @@ OTHER_NAMES = {
     "output_quality": "image_quality jpeg_quality output_compression",
     "scheduler": "sample_method sampler sampler_index sampler_name sampler_type sampling_method scheduler_class "
     "scheduler_name scheduler_type",
-    "image": "image_url init_image init_images input_image",
-    "mask": "mask_image mask_url",
-    "strength": "denoising_strength prompt_strength",
+    "image": "base_image image_b64 image_base64 image_url image_urls images init_image init_image_url init_images "
+    "input_image input_image_url input_images source_image",
+    "mask": "inpaint_mask mask_base64 mask_image mask_image_url mask_url",
+    "strength": "denoise denoising_strength image_strength img2img_strength init_strength prompt_strength",
 }
 """What web UIs, other workers and APIs call our fields, where that is too different for fuzzy matching."""
 
