@@ -17,7 +17,7 @@ from src.settings import Settings
 from tests.support import forks, hub
 from tests.support.engines import build, generate, pipe_of
 from tests.support.processes import python
-from tests.support.single_files import Layer, Tensors, kohya, layers_of, peft
+from tests.support.single_files import Layer, Tensors, kohya, kohya_of_2022, layers_of, peft
 from tests.support.v1_4 import SMALL, make_repository
 
 Names = Callable[..., Tensors]
@@ -78,19 +78,21 @@ def test_every_layer_changes_as_the_arithmetic_says(
             assert torch.equal(weights, before[name]) == (name not in changed)
 
 
-def test_both_kinds_of_names_give_the_picture_of_diffusers(
+def test_all_kinds_of_names_give_the_picture_of_diffusers(
     v1_shaped: Path, plain: StableDiffusionPipeline, tmp_path: Path
 ):
-    for names in (kohya, peft):
+    for names in (kohya, kohya_of_2022, peft):
         file = make(tmp_path / f"{names.__name__}.safetensors", plain, names)
         engine = build(v1_shaped, lora=f"{file}:0.5", attention_slicing="max")
         processors = pipe_of(engine).unet.attn_processors.values()
         assert all(isinstance(processor, FusedSlicedAttnProcessor) for processor in processors)
         theirs = StableDiffusionPipeline.from_pretrained(v1_shaped)
-        theirs.load_lora_weights(str(file))
+        theirs.load_lora_weights(str(file), unet_config=theirs.unet.config)
         theirs.fuse_lora(lora_scale=0.5)
         expected = theirs("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(3)).images[0]
-        assert generate(engine).pictures[0].image.tobytes() == expected.tobytes()
+        picture = generate(engine).pictures[0].image
+        assert picture.tobytes() == expected.tobytes()
+        assert picture.tobytes() != generate(build(v1_shaped)).pictures[0].image.tobytes()
 
 
 def test_several_loras_add_up_and_one_may_be_named_twice(

@@ -2,8 +2,9 @@
 
 From the start of the process to ready for the first job, with a full-size v1-4 of random weights: the baseline's way
 (import everything, load the float32 repository, cast it) against this worker's (``handler.py`` with the baked float16
-model), in turns, with the page cache dropped and warm. On a CUDA device the weights end there, and this worker's start
-includes its first picture. Elsewhere both end in float16 in memory, every page touched, and nothing is generated.
+model, or with a checkpoint of the same weights), in turns, with the page cache dropped and warm. On a CUDA device the
+weights end there, and this worker's start includes its first picture. Elsewhere all end in float16 in memory, every
+page touched, and nothing is generated.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 MODELS = Path(tempfile.gettempdir()) / "stable-diffusion-v1-4-random"
 START_FILES = Path(tempfile.gettempdir()) / "start_files.txt"
 """What the image records when it is built."""
+WAYS = {"baseline": "hub", "worker": "baked", "single file": "checkpoint.safetensors"}
+"""Whose start is measured, and with which of the models."""
 TARGETS = {"dropped": 0.33, "warm": 0.42}
 Parts = dict[str, float]
 """The parts of a start, in order, and the seconds that each took."""
@@ -48,7 +51,7 @@ def worker(model: str, done: Callable[[str], None]) -> None:
     from src.startup import prefetch
     from src.startup.import_libraries import import_libraries
 
-    settings = Settings(model_id=model)
+    settings = Settings(model_id=model, base_model=str(Path(model).with_name("baked")))
     prefetch.START_FILES = START_FILES
     found = repository.find_local(settings)
     prefetch.begin(found)
@@ -97,7 +100,7 @@ def run_start(way: str, model: str) -> None:
     def done(what: str) -> None:
         marks[what] = time.monotonic()
 
-    {"baseline": baseline, "worker": worker}[way](model, done)
+    (baseline if way == "baseline" else worker)(model, done)
     print(json.dumps(marks), flush=True)
     # nobody waits for the process to end
     os._exit(0)
@@ -105,20 +108,24 @@ def run_start(way: str, model: str) -> None:
 
 def ensure_models(folder: Path) -> None:
     """Makes the models where ``folder`` lacks them: as the hub has it, and as it is baked into the image."""
-    if not (folder / "baked").is_dir():
+    if not all((folder / model).exists() for model in WAYS.values()):
         # in a process of its own, whose memory is free again before anything is measured
         command = [sys.executable, "-m", "tests.bench.cold_start", "--make", "--models", folder]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def make_models(folder: Path) -> None:
+    import torch
+
     from builder.fetch_model import fetch
+    from tests.support.single_files import make_checkpoint
     from tests.support.v1_4 import FULL, make_repository
 
     folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
         make_repository(Path(unfinished) / "hub", FULL).rename(folder / "hub")
     fetch(str(folder / "hub"), None, folder / "baked")
+    make_checkpoint(folder / "baked", folder / WAYS["single file"], torch.float16)
 
 
 def drop_page_cache() -> None:
@@ -129,7 +136,7 @@ def drop_page_cache() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what a cold start takes.")
     parser.add_argument("--runs", type=int, default=7, help="pairs of starts, for each state of the page cache")
-    parser.add_argument("--models", type=Path, default=MODELS, help="where the models are made, once: 8 GB")
+    parser.add_argument("--models", type=Path, default=MODELS, help="where the models are made, once: 10 GB")
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -151,10 +158,10 @@ def main() -> None:
     runs: dict[tuple[str, str], list[Parts]] = {}
     for cache in caches:
         for run in range(arguments.runs + (cache == "warm")):
-            for way, model in (("baseline", models / "hub"), ("worker", models / "baked")):
+            for way, model in WAYS.items():
                 if cache == "dropped":
                     drop_page_cache()
-                taken = measure_start(way, model)
+                taken = measure_start(way, models / model)
                 # the first of the warm ones warms the cache
                 if cache == "dropped" or run:
                     runs.setdefault((way, cache), []).append(taken)
@@ -162,13 +169,14 @@ def main() -> None:
     def totals(way: str, cache: str) -> list[float]:
         return [sum(run.values()) for run in runs[way, cache]]
 
-    print(f"{'page cache':<16}{'baseline':>12}{'this worker':>14}{'ratio':>8}{'of the pairs':>16}{'target':>9}")
-    for cache in caches:
-        ours, theirs = totals("worker", cache), totals("baseline", cache)
+    print(f"{'page cache':<22}{'baseline':>12}{'this worker':>14}{'ratio':>8}{'of the pairs':>16}{'target':>9}")
+    for cache, way in product(caches, ("worker", "single file")):
+        ours, theirs = totals(way, cache), totals("baseline", cache)
         # pair by pair, since how fast a shared machine is changes
         ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
+        row = cache if way == "worker" else f"{cache}, {way}"
         print(
-            f"{cache:<16}{median(theirs):>10.1f} s{median(ours):>12.1f} s{median(ratios):>8.2f}"
+            f"{row:<22}{median(theirs):>10.1f} s{median(ours):>12.1f} s{median(ratios):>8.2f}"
             f"{f'{min(ratios):.2f} to {max(ratios):.2f}':>16}{TARGETS[cache]:>9}"
         )
     print()

@@ -1,7 +1,8 @@
-"""Single files as Civitai and the hub hand them out, made from small directories: checkpoints and LoRAs."""
+"""Single files as Civitai and the hub hand them out, made from directories: checkpoints and LoRAs."""
 
+import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -65,15 +66,15 @@ def renamed(name: str, names: Mapping[str, str]) -> str:
     return name
 
 
-def unet_name(name: str, layers: int) -> str:
-    """The name of 2022 of a tensor of the UNet, which has ``layers`` in each block."""
+def unet_name(name: str, layers: int, others: Collection[str]) -> str:
+    """The name of 2022 of a tensor of the UNet, which has ``layers`` in each block, and ``others``."""
     if found := re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.*)", name):
         side, block, kind, layer, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
         if kind == "downsamplers":
             return f"input_blocks.{(block + 1) * (layers + 1)}.0.op.{rest.removeprefix('conv.')}"
         if kind == "upsamplers":
-            # the small model's, in a block without attention
-            return f"output_blocks.{block * (layers + 1) + layers}.1.{rest}"
+            number = 1 + (f"up_blocks.{block}.attentions.0.norm.weight" in others)
+            return f"output_blocks.{block * (layers + 1) + layers}.{number}.{rest}"
         start = {"down": "input_blocks", "up": "output_blocks"}[side]
         number = block * (layers + 1) + layer + (side == "down")
         return f"{start}.{number}.0.{renamed(rest, RESNET)}" if kind == "resnets" else f"{start}.{number}.1.{rest}"
@@ -100,7 +101,7 @@ def open_clip(tensors: Tensors) -> Tensors:
 
 
 def make_checkpoint(folder: Path, file: Path, dtype: torch.dtype = torch.float32, *, ema: bool = False) -> Path:
-    """Writes a small directory's weights into one file, under the names of 2022, and returns it.
+    """Writes a directory's weights into one file, under the names of 2022, and returns it.
 
     Args:
         folder: the directory; of 2.x if its UNet has linear projections.
@@ -109,7 +110,8 @@ def make_checkpoint(folder: Path, file: Path, dtype: torch.dtype = torch.float32
         ema: adds a second UNet for training.
     """
     parts = {part: load_file(weight_file(folder, part)) for part in ("unet", "vae", "text_encoder")}
-    unet = {unet_name(name, 1): tensor for name, tensor in parts["unet"].items()}
+    layers = json.loads((folder / "unet" / "config.json").read_text())["layers_per_block"]
+    unet = {unet_name(name, layers, parts["unet"]): tensor for name, tensor in parts["unet"].items()}
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in unet.items()}
     if ema:
         tensors |= {f"model_ema.diffusion_model{name.replace('.', '')}": t * 2 for name, t in unet.items()}
@@ -159,6 +161,16 @@ def kohya(unet: Iterable[Layer], text_encoder: Iterable[Layer], rank: int = 4, a
                 f"{key}.lora_up.weight": up,
                 f"{key}.alpha": torch.tensor(alpha),
             }
+    return tensors
+
+
+def kohya_of_2022(unet: Iterable[Layer], text_encoder: Iterable[Layer]) -> Tensors:
+    """The same with the names of 2022, as some scripts for the UNet's attention have them."""
+    unet, tensors = list(unet), {}
+    old = {name.replace(".", "_"): unet_name(name, 2, ()).replace(".", "_") for name, _ in unet}
+    for key, tensor in kohya(unet, text_encoder).items():
+        layer, _, rest = key.removeprefix("lora_unet_").partition(".")
+        tensors[f"lora_unet_{old[layer]}.{rest}" if layer in old else key] = tensor
     return tensors
 
 
