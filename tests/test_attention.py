@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
 from src.generation.attention import FusedSlicedAttnProcessor, enable_attention_slicing
 from tests.support.v1_4 import SMALL
@@ -64,7 +64,7 @@ def pipe_of(unet: torch.nn.Module) -> StableDiffusionPipeline:
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused projections"])
-@pytest.mark.parametrize("setting", ["auto", "max"])
+@pytest.mark.parametrize("setting", ["off", "auto", "max"])
 @pytest.mark.parametrize("model", ["v1_4_pipe", "demo_pipe"])
 @torch.no_grad()
 def test_slicing_covers_every_attention_layer_of_a_model(
@@ -74,6 +74,7 @@ def test_slicing_covers_every_attention_layer_of_a_model(
     inputs = random(3, unet.config.in_channels, 8, 8), torch.tensor(500), random(3, 77, unet.config.cross_attention_dim)
     unet.set_attn_processor(AttnProcessor())
     plain = unet(*inputs).sample
+    unet.set_attn_processor(AttnProcessor2_0())
     if fused:
         unet.fuse_qkv_projections()
     enable_attention_slicing(pipe_of(unet), setting)
@@ -83,9 +84,9 @@ def test_slicing_covers_every_attention_layer_of_a_model(
 
 @pytest.mark.parametrize(
     ("setting", "heads", "slices"),
-    [("auto", 8, [4, 4]), ("auto", 5, [3, 2]), ("auto", 1, [1]), ("max", 8, [1] * 8)],
+    [("off", 8, [8]), ("auto", 8, [4, 4]), ("auto", 5, [3, 2]), ("auto", 1, [1]), ("max", 8, [1] * 8)],
 )
-def test_auto_computes_two_slices_and_max_one_per_head(
+def test_off_computes_one_slice_auto_two_and_max_one_per_head(
     setting: str, heads: int, slices: list[int], monkeypatch: pytest.MonkeyPatch
 ):
     computed: list[int] = []

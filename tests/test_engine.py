@@ -40,6 +40,8 @@ class StandIn:
         self.steps: list[int] = []
         """The number of images in each step."""
         self.released = 0
+        self.graphs = False
+        """Whether memory is released in which more may fit."""
         self.threads: set[threading.Thread] = set()
 
     def run(
@@ -60,8 +62,9 @@ class StandIn:
             for each, seed in zip(requests, seeds, strict=True)
         ]
 
-    def release_memory(self) -> None:
+    def release_memory(self) -> bool:
         self.released += 1
+        return self.graphs
 
     def prompt_warnings(self, each: ImageRequest) -> list[str]:
         return [f"{each.prompt} was cut"] if "long" in each.prompt else []
@@ -259,6 +262,25 @@ def test_single_image_that_did_not_fit_is_tried_again_when_asked_again():
     assert seeds(result) == [3]
 
 
+def test_single_image_is_tried_once_more_if_graphs_were_dropped():
+    runner = StandIn()
+    runner.graphs = True
+
+    def first(requests: Sequence[ImageRequest]) -> None:
+        if len(runner.batches) < failing:
+            raise RuntimeError("CUDA out of memory")
+
+    runner.first = first
+    engine, failing = Engine(runner, 4), 2
+    (result,) = generate_together(engine, request())
+    assert seeds(result) == [3]
+    runner.batches.clear()
+    failing = 9
+    (error,) = generate_together(engine, request())
+    assert "did not fit in GPU memory" in str(error)
+    assert len(runner.batches) == 2
+
+
 def test_only_the_request_that_fails_alone_fails():
     runner = fail_with(RuntimeError("anything"), when=lambda requests: "b" in [each.prompt for each in requests])
     first, bad, last = generate_together(
@@ -288,9 +310,11 @@ def test_error_while_handling_an_error_leaves_no_request_waiting():
     assert seeds(result) == [3]
 
 
+@pytest.mark.parametrize("words", ["", "CUDA out of memory"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_lost_device_fails_all_requests_with_its_cause(shared: bool):
+def test_lost_device_fails_all_requests_with_its_cause(shared: bool, words: str):
     cause = RuntimeError("CUDA error: an illegal memory access was encountered")
+    cause.__context__ = RuntimeError(words)
     runner = fail_with(cause, when=lambda requests: True)
     engine = Engine(runner, 4)
     requests = [request(num_inference_steps=2), request(num_inference_steps=2 + (not shared)), request(width=72)]

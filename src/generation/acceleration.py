@@ -21,7 +21,6 @@ def accelerate(pipe: StableDiffusionPipeline, settings: Settings) -> GraphedStep
     if settings.acceleration == "graphs" and pipe.device.type == "cuda":
         pipe.fuse_qkv_projections()
         graphs = pipe.unet.forward = GraphedStep(pipe.unet.forward, Capture())
-    if settings.attention_slicing != "off":
-        # after fusing, which replaces the attention processors
-        enable_attention_slicing(pipe, settings.attention_slicing)
+    # after fusing, which replaces the attention processors
+    enable_attention_slicing(pipe, settings.attention_slicing)
     return graphs

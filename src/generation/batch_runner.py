@@ -113,11 +113,15 @@ class BatchRunner:
             for image, is_finite, request, seed, nsfw in zip(pixels, finite, requests, seeds, blanked, strict=True)
         ]
 
-    def release_memory(self) -> None:
-        """Frees what is kept for later batches: CUDA graphs, and the allocator's cache."""
-        if self._graphs:
-            self._graphs.clear()
+    def release_memory(self) -> bool:
+        """Frees what is kept for later batches: CUDA graphs and the allocator's cache.
+
+        Returns:
+            Whether there were graphs.
+        """
+        dropped = bool(self._graphs and self._graphs.clear())
         torch.cuda.empty_cache()
+        return dropped
 
     def prompt_warnings(self, request: ImageRequest) -> list[str]:
         """Warns about text beyond the token limit, web UIs' syntax, and words that the model does not know."""

@@ -85,9 +85,15 @@ class GraphedStep:
         """Marks the end of a batch: later steps belong to another one."""
         self._batches += 1
 
-    def clear(self) -> None:
-        """Drops all graphs, which frees their memory; their shapes are captured again on next use."""
+    def clear(self) -> bool:
+        """Drops all graphs, which frees their memory; their shapes are captured again on next use.
+
+        Returns:
+            Whether there were any.
+        """
+        dropped = bool(self._graphs)
         self._graphs.clear()
+        return dropped
 
     def _eager(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self._forward(*inputs, return_dict=False)[0]

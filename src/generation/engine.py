@@ -29,7 +29,7 @@ class Runner(Protocol):
         self, requests: Sequence[ImageRequest], seeds: Sequence[int], after_step: Callable[[float], None]
     ) -> list[Picture | JobError]: ...
 
-    def release_memory(self) -> None: ...
+    def release_memory(self) -> bool: ...
 
     def prompt_warnings(self, request: ImageRequest) -> list[str]: ...
 
@@ -65,6 +65,8 @@ class Engine:
         self._lock = threading.Lock()
         self._fitting_images: dict[tuple[int, int], int] = {}
         """By width and height, the number of images to try in a batch after a larger one ran out of memory."""
+        self._tried_again: PendingImage | None = None
+        """The latest image that did not fit alone, after which memory was released."""
         self._device_error: Exception | None = None
         self.model_name = runner.model_name
         self.limits = runner.limits
@@ -160,10 +162,17 @@ class Engine:
 
     def _parts_after(self, error: Exception, batch: list[PendingImage]) -> list[list[PendingImage]]:
         """Returns the parts of ``batch`` to try after ``error``; fails the requests that should not be tried again."""
+        # asked first, since on a lost device memory cannot be released either
+        if cuda_errors.is_device_lost(error):
+            self._device_error = error
+            return [batch]
         if cuda_errors.is_out_of_memory(error):
-            self._runner.release_memory()
+            released = self._runner.release_memory()
             request = batch[0].request
             if len(batch) == 1:
+                if released and batch[0] is not self._tried_again:
+                    self._tried_again = batch[0]
+                    return [batch]
                 fault = JobError(does_not_fit(request.width, request.height, self.limits.native_size))
                 fault.__cause__ = error
                 batch[0].pending.fail(fault)
@@ -171,9 +180,6 @@ class Engine:
             halves = _halves(batch)
             self._fitting_images[request.width, request.height] = max(map(len, halves))
             return halves
-        if cuda_errors.is_device_lost(error):
-            self._device_error = error
-            return [batch]
         by_request: dict[PendingRequest, list[PendingImage]] = {}
         for image in batch:
             by_request.setdefault(image.pending, []).append(image)

@@ -21,7 +21,7 @@ from tests.support.v1_4 import FULL
 SIZES = ((1, 512), (4, 512), (1, 1024), (4, 1024))
 """Images in a batch, and their width and height in pixels."""
 SLICINGS: dict[str, Callable[[StableDiffusionPipeline], None]] = {
-    "`off`": lambda pipe: None,
+    "`off`": lambda pipe: enable_attention_slicing(pipe, "off"),
     "`auto`": lambda pipe: enable_attention_slicing(pipe, "auto"),
     "`max`": lambda pipe: enable_attention_slicing(pipe, "max"),
     "diffusers' `auto`": lambda pipe: pipe.enable_attention_slicing("auto"),
