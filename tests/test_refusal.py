@@ -24,7 +24,7 @@ pytestmark = pytest.mark.process
     ("settings", "why"),
     [
         ({"MAX_CONCURRENCY": "none"}, "MAX_CONCURRENCY=none: must be an integer from 1 to 100"),
-        ({"MODEL_ID": "/nowhere"}, "MODEL_ID=/nowhere: no such directory"),
+        ({"MODEL_ID": "/nowhere"}, "MODEL_ID=/nowhere: no such file or directory"),
         ({"RUNPOD_PING_INTERVAL": "10s"}, "RUNPOD_PING_INTERVAL=10s: must be an integer from 1000 to 600000"),
     ],
 )
