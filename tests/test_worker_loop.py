@@ -811,10 +811,14 @@ def test_timing_is_what_the_operators_page_says():
     )
 
 
-def test_redirected_poll_or_result_reaches_no_other_host(stub: Platform):
+def test_redirected_request_of_the_worker_reaches_no_other_host(stub: Platform, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RUNPOD_WEBHOOK_PING", f"{stub.url}/v2/{ENDPOINT}/ping/worker-1")
     with receiver() as (url, received):
-        stub.faults += [Fault(route, status=307, location=url) for route in ("job-done", "job-take", "job-stop")]
+        stub.faults += [
+            Fault(route, status=307, location=url) for route in ("job-done", "job-take", "job-stop", "ping")
+        ]
         work(echo, lambda: Client(stub).generate())
+        internals.send_ping(Heartbeat())
     assert received == []
     assert stub.faults == []
 
