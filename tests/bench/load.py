@@ -1,12 +1,12 @@
 """Many clients and a platform in trouble: ``python -m tests.bench.load``.
 
-Small requests from concurrent clients go through a stand-in for the platform to one worker: most ask for a picture of
-a colour, some are bad, JSON that cannot be read among them, some are cancelled, some are delivered twice by the
-platform, some stopped and delivered again, for some it sends a stop signal when they have ended. On every route that
-the worker calls, the platform fails at random: it drops connections, before or after it has done what was asked,
-answers 429, 500, a redirect or something that is not HTTP, or answers late. Every job must reach exactly one right
-final state, and no job may be answered with different pictures. Printed are jobs per second, latencies, and the
-worker's memory after a fifth of the jobs and at the end.
+Small requests from concurrent clients go through a stand-in for the platform to one worker: most ask for a picture of a
+colour, some of them with a large picture to start from or to paint over, some are bad, JSON that cannot be read among
+them, some are cancelled, some are delivered twice by the platform, some stopped and delivered again, for some it sends
+a stop signal when they have ended. On every route that the worker calls, the platform fails at random: it drops
+connections, before or after it has done what was asked, answers 429, 500, a redirect or something that is not HTTP, or
+answers late. Every job must reach exactly one right final state, and no job may be answered with different pictures.
+Printed are jobs per second, latencies, and the worker's memory after a fifth of the jobs and at the end.
 
 The n-th request to a route fails always in the same way, and the i-th job is always the same; in which order they meet
 is up to the machine.
@@ -22,9 +22,11 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+from PIL import Image
 
 from builder.demo_model.evaluate import shape_colors
 from tests.support.client import Client, picture, results, until
+from tests.support.pictures import in_base64
 from tests.support.platform_stub import FINAL, Chaos, Fault, Platform, serving
 
 COLORS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "black"]
@@ -42,6 +44,14 @@ BAD_INPUTS: list[dict[str, object]] = [
     {"raw_json": "9" * 5000},
     {"raw_json": '{"prompt": "\udcff"}'},
 ]
+LARGE = in_base64(Image.effect_noise((2048, 2048), 8), "JPEG")
+SIZE = {"width": 128, "height": 128}
+PICTURES: list[dict[str, object]] = [
+    SIZE | {"image": LARGE, "strength": 0.95},
+    SIZE | {"image": LARGE, "mask": in_base64(Image.new("L", (2048, 2048), 255))},
+]
+WITH_PICTURE = 0.2
+"""Share of the jobs that start from a picture, which the prompt should leave nothing of."""
 FAILING = 0.2
 """Share of the worker's requests that the platform fails."""
 
@@ -91,6 +101,7 @@ def load(platform: Platform, jobs: int, clients: int) -> Report:
         color = COLORS[i % len(COLORS)]
         kind = next((kind for kind, share in SHARES.items() if rng.random() < share), "good")
         asked = job_input(color) | (rng.choice(BAD_INPUTS) if kind == "bad" else {})
+        asked |= rng.choice(PICTURES) if rng.random() < WITH_PICTURE and kind != "bad" else {}
         if rng.random() < DELIVERED_TWICE:
             platform.faults.append(Fault("job-take", twice=True))
         started = time.monotonic()
