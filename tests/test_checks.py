@@ -117,8 +117,9 @@ RENAME = "if these are the weights that you want, give them that name"
         ),
         (renamed("vae", "readme.txt"), "vae/diffusion_pytorch_model.safetensors is missing"),
         (
-            config("unet/config.json", in_channels=9),
-            "unet/config.json: in_channels must be 4, got 9: models for inpainting and editing are other pipelines",
+            config("unet/config.json", in_channels=8),
+            "unet/config.json: in_channels must be 4, or 9 for inpainting, got 8: "
+            "models for editing are other pipelines",
         ),
         (
             config("unet/config.json", sample_size=[64, 64]),

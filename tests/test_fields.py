@@ -41,7 +41,7 @@ def recording(pipeline: type, calls: list[dict[str, Any]]) -> Callable[..., Any]
     class Recording:
         def __init__(self, **components: Any) -> None:
             self.scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1)
-            config = SimpleNamespace(sample_size=8)
+            config = SimpleNamespace(sample_size=8, in_channels=4)
             self.unet = SimpleNamespace(config=config, register_to_config=lambda **changes: None)
             self.vae_scale_factor, self.components = 8, {"unet": self.unet}
 

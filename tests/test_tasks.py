@@ -1,5 +1,6 @@
 """Pictures that start from a picture, whole or in the part that a mask leaves, are those of diffusers."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +9,10 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipe
 from PIL import Image, ImageChops
 
 from src.api.request import ImageRequest
+from src.errors import InvalidInput
 from src.generation.engine import Engine
 from src.schedulers import SCHEDULERS
-from tests.support import engines
+from tests.support import engines, layouts
 from tests.support.engines import generate, generate_together, request_for
 from tests.support.pictures import in_base64, plain
 
@@ -78,7 +80,7 @@ def test_pixels_outside_the_mask_are_the_inputs_own_and_the_others_are_not(v1_4_
     assert changed.histogram()[255] > 0.9 * masked.histogram()[255]
 
 
-def test_blanked_picture_stays_black_outside_the_mask(v1_4_repository, tmp_path):
+def test_blanked_picture_stays_black_outside_the_mask(v1_4_repository: Path):
     engine = engines.build(v1_4_repository)
     # a cosine is at least -1, so every picture exceeds this threshold
     engines.pipe_of(engine).safety_checker.concept_embeds_weights.data.fill_(-2.0)
@@ -103,3 +105,16 @@ def test_embedded_model_paints_the_masked_part(demo_engine: Engine, demo_pipe: S
     red, green, blue = picture.image.getpixel((64, 64))
     assert red > 150 and max(green, blue) < 100
     assert channels == demo_pipe.unet.config.in_channels == 8
+
+
+def test_checkpoint_for_inpainting_makes_the_same_bytes_as_diffusers_and_needs_both_pictures(tmp_path: Path):
+    layouts.inpainting(tmp_path)
+    engine = engines.build(tmp_path)
+    engine.warm_up()
+    job = request_for(engine, **MASK)
+    (result,) = generate_together(engine, job)
+    assert result.pictures[0].image.tobytes() == with_own_pixels(from_diffusers(engine, job), job)[0]
+    for pictures, missing in (({}, "image and mask"), (PICTURE, "mask")):
+        with pytest.raises(InvalidInput) as refused:
+            request_for(engine, **pictures)
+        assert str(refused.value) == f"invalid input: {missing}: required, this model is for inpainting"

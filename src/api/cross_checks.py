@@ -45,6 +45,13 @@ def _mask_needs_image(image: Image.Image | None, mask: Image.Image | None) -> st
     return "mask: needs image, the picture that it is a mask of" if mask and not image else None
 
 
+def _inpainting_needs_both(limits: ModelLimits, image: Image.Image | None, mask: Image.Image | None) -> str | None:
+    missing = [name for name, picture in (("image", image), ("mask", mask)) if not picture]
+    return (
+        f"{' and '.join(missing)}: required, this model is for inpainting" if limits.inpaints_only and missing else None
+    )
+
+
 def _strength_needs_image(image: Image.Image | None, strength: float | None) -> str | None:
     return "strength: needs image, the picture that it is about" if strength and not image else None
 
@@ -60,4 +67,12 @@ def _strength_of_klms(scheduler: str, strength: float | None) -> str | None:
     return "scheduler: KLMS needs a strength of 1" if scheduler == "KLMS" and strength and strength < 1 else None
 
 
-CHECKS = (_steps_of_scheduler, _last_seed, _mask_needs_image, _strength_needs_image, _some_steps, _strength_of_klms)
+CHECKS = (
+    _steps_of_scheduler,
+    _last_seed,
+    _mask_needs_image,
+    _inpainting_needs_both,
+    _strength_needs_image,
+    _some_steps,
+    _strength_of_klms,
+)

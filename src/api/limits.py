@@ -40,3 +40,5 @@ class ModelLimits:
         default_factory=lambda: {name: each.max_steps or MAX_STEPS for name, each in SCHEDULERS.items()}
     )
     """Those that the model can use, its own included, and the most denoising steps of each."""
+    inpaints_only: bool = False
+    """Whether the model was made to paint over a part of a picture, and can do nothing else."""

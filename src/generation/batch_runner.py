@@ -73,6 +73,7 @@ class BatchRunner:
             max_size=2 * native_size,
             scheduler=self._own_scheduler,
             schedulers=self._usable_schedulers(),
+            inpaints_only=pipe.unet.config.in_channels == 9,
         )
 
     @torch.inference_mode()
@@ -149,7 +150,7 @@ class BatchRunner:
         """Returns the pipeline of a task, which shares the modules of the one that was loaded."""
         if task not in self._pipes:
             components = self._pipe.components
-            if task == "mask":
+            if task == "mask" and not self.limits.inpaints_only:
                 components["unet"] = _for_inpainting(components["unet"])
             self._pipes[task] = PIPELINES[task](**components, requires_safety_checker=False)
             self._pipes[task].set_progress_bar_config(disable=True)

@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Protocol
 
+from PIL import Image
+
 from src.api.limits import ModelLimits
 from src.api.messages import does_not_fit
 from src.api.picture import Picture
@@ -89,7 +91,10 @@ class Engine:
         Raises:
             JobError, Exception: as ``generate`` does.
         """
-        request = ImageRequest.parse({"prompt": "warm-up", "num_inference_steps": 2, "seed": 0}, self.limits)
+        size = (self.limits.native_size, self.limits.native_size)
+        pictures = dict.fromkeys(("image", "mask"), Image.new("RGB", size)) if self.limits.inpaints_only else {}
+        job_input = {"prompt": "warm-up", "num_inference_steps": 2, "seed": 0} | pictures
+        request = ImageRequest.parse(job_input, self.limits)
         self._submit(request, Progress()).result()
 
     def _submit(self, request: ImageRequest, progress: Progress) -> Future[GenerationResult]:

@@ -8,6 +8,7 @@ from typing import Any
 from src.errors import StartError, shortened
 
 PIPELINE = "StableDiffusionPipeline"
+INPAINTING = "StableDiffusionInpaintPipeline"
 CLASSES = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel"}
 REQUIRED = ("unet", "text_encoder", "vae", "tokenizer", "scheduler")
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
@@ -75,7 +76,7 @@ def _read_index(folder: Path, files: Set[str]) -> dict[str, Any]:
         hint = f"; for a single file, add its name, such as {single[0]}" if single else ""
         raise StartError(f"not a diffusers pipeline: it has no model_index.json{hint}")
     index = read_json(folder, "model_index.json")
-    if (kind := index.get("_class_name")) != PIPELINE:
+    if (kind := index.get("_class_name")) not in (PIPELINE, INPAINTING):
         raise StartError(f"a {shortened(kind)}, this worker runs a {PIPELINE} (Stable Diffusion 1.x and 2.x)")
     for component in (*REQUIRED, *OPTIONAL):
         pair = index.get(component, [None, None])
@@ -93,10 +94,11 @@ def _check_configs(folder: Path, index: dict[str, Any]) -> None:
     """Checks that the components fit together. A missing value means the default of the component's class."""
     unet, vae, text_encoder = (read_json(folder, f"{name}/config.json") for name in ("unet", "vae", "text_encoder"))
     channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    if channels != latent_channels:
+    # for inpainting 9: the latents, those of the picture that is painted over, and its mask
+    if channels not in (latent_channels, 9):
         raise StartError(
-            f"unet/config.json: in_channels must be {latent_channels}, got {channels}: "
-            "models for inpainting and editing are other pipelines"
+            f"unet/config.json: in_channels must be {latent_channels}, or 9 for inpainting, got {channels}: "
+            "models for editing are other pipelines"
         )
     size = unet.get("sample_size")
     if type(size) is not int or size < 8:

@@ -163,6 +163,12 @@ def float16_in_part(folder: Path) -> None:
     halve(folder, "unet", "text_encoder", keep=False)
 
 
+def inpainting(folder: Path) -> None:
+    """As stable-diffusion-inpainting: a UNet that also takes a mask and the latents of what it leaves."""
+    make_repository(folder, SMALL | {"unet": SMALL["unet"] | {"in_channels": 9}})
+    edit(folder, "model_index.json", _class_name="StableDiffusionInpaintPipeline")
+
+
 LAYOUTS: dict[Callable[[Path], None], dict[str, Any]] = {
     v1_4_of_2022: {},
     v1_5: {},
