@@ -212,7 +212,7 @@ def test_missing_file_is_named(v1_4_repository: Path):
     for missing in ("/nowhere/a.safetensors", "./a.safetensors"):
         with pytest.raises(StartError, match=f"^LORA={missing}: no such file or directory$"):
             repository.find_local(Settings(model_id=str(v1_4_repository), lora=missing))
-    with pytest.raises(StartError, match=r"^LORA=a\.safetensors: neither a directory, a file, nor a hub id"):
+    with pytest.raises(StartError, match=r"^LORA=a\.safetensors: no such file; one on the hub is named owner"):
         repository.find_local(Settings(model_id=str(v1_4_repository), lora="a.safetensors"))
 
 

@@ -1,5 +1,6 @@
 """Models in one file: checkpoints as Civitai and the hub hand them out, and what is none."""
 
+import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable
@@ -195,6 +196,12 @@ def test_checkpoint_that_lacks_a_tensor_is_refused(checkpoint: Path, v1_4_reposi
             build(tmp_path / "file.safetensors", base_model=str(v1_4_repository))
 
 
+def test_file_that_this_user_may_not_read_is_named(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != checkpoint)
+    with pytest.raises(StartError, match=f"^MODEL_ID={checkpoint}: it may not be read by this user$"):
+        repository.find_local(Settings(model_id=str(checkpoint)))
+
+
 def test_a_files_ending_must_be_its_kind(checkpoint: Path, tmp_path: Path):
     (tmp_path / "dreamer.ckpt").symlink_to(checkpoint)
     with pytest.raises(StartError, match=r"dreamer\.ckpt: its name must end with \.safetensors$"):
@@ -245,11 +252,12 @@ def find(model_id: str, **environment: str) -> str:
 def test_checkpoint_on_the_hub_is_downloaded_once_with_the_small_files_of_its_base(
     checkpoint: Path, v1_4_repository: Path, tmp_path: Path
 ):
-    folder, model_id = Path(shutil.copytree(v1_4_repository, tmp_path / "hub")), f"{REPO}/models/dreamer_8.safetensors"
+    file = "models/dreamer [v8].safetensors"
+    folder, model_id = Path(shutil.copytree(v1_4_repository, tmp_path / "hub")), f"{REPO}/{file}"
     (folder / "models").mkdir()
-    shutil.copy(checkpoint, folder / "models")
+    shutil.copy(checkpoint, folder / file)
     environment = {"HF_HOME": str(tmp_path / "home"), "BASE_MODEL": REPO}
-    at = f"dreamer_8 at {hub.REVISION[:12]}"
+    at = f"dreamer [v8] at {hub.REVISION[:12]}"
     with hub.serve(REPO, folder) as (address, fetched):
         online = environment | {"HF_ENDPOINT": address}
         assert (
@@ -258,8 +266,8 @@ def test_checkpoint_on_the_hub_is_downloaded_once_with_the_small_files_of_its_ba
         )
         weights = [name for name in fetched if "safetensors" in name]
         assert weights == [
-            "models/dreamer_8.safetensors:0-100000",
-            "models/dreamer_8.safetensors",
+            f"{file}:0-100000",
+            file,
             "safety_checker/model.safetensors",
         ]
         fetched.clear()

@@ -1,5 +1,6 @@
 """Finds what a setting names: a path on this machine, or a file in a repository on the hub."""
 
+import glob
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +48,9 @@ def find_file(
         return File(local, f"file {local}", None, local.parent)
     owner, name, path = (*source.split("/", 2), "", "")[:3]
     hub = hub_repository(f"{owner}/{name}", revision, settings)
-    for folder, where in hub.snapshots(path):
+    if not path:
+        raise StartError("no such file; one on the hub is named owner/name/file.safetensors")
+    for folder, where in hub.snapshots(glob.escape(path)):
         if (folder / path).is_file():
             check(read_shapes(folder / path))
             return File(folder / path, where, folder.name, folder)
@@ -57,7 +60,7 @@ def find_file(
         if path not in hub.list_files():
             raise StartError(f"{owner}/{name} has no file {path}")
         check(hub.read_shapes(path))
-        folder = hub.download([path, *LICENCES])
+        folder = hub.download([glob.escape(path), *LICENCES])
     return File(folder / path, "downloaded", folder.name, folder)
 
 

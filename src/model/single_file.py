@@ -1,5 +1,6 @@
 """Tells what a weight file is from its header, before anything large is read."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,11 @@ def read_shapes(file: Path) -> Shapes:
     Raises:
         StartError: saying what the file is instead, without its name.
     """
+    if not os.access(file, os.R_OK):
+        raise StartError("it may not be read by this user")
     try:
         with safe_open(file, "np") as opened:
             shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
-    except PermissionError:
-        raise StartError("it may not be read by this user") from None
     except SafetensorError as error:
         with file.open("rb") as opened:
             begin = opened.read(32)

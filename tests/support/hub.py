@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
+from urllib.parse import unquote
 
 from tests.support.v1_4 import make_repository
 
@@ -74,7 +75,7 @@ def serve(
             self.close_connection = True
 
         def do_GET(self) -> None:
-            path = self.path.split("?")[0]
+            path = unquote(self.path.split("?")[0])
             for begin, refusal in (refuses or {}).items():
                 if path.startswith(begin):
                     return self.refuse(*refusal)
