@@ -19,7 +19,7 @@ from src.model import loading, repository
 from src.settings import DEFAULT_MODEL_ID, Settings
 from tests.support import forks, hub
 from tests.support.engines import build, generate, pipe_of
-from tests.support.layouts import v2_1, weight_file
+from tests.support.layouts import inpainting, v2_1, weight_file
 from tests.support.single_files import make_checkpoint
 
 REPO = "someone/tiny"
@@ -46,6 +46,16 @@ def test_checkpoint_gives_the_picture_of_the_directory(version: str, tmp_path: P
     ours, theirs = (generate(each).pictures[0].image for each in (engine, build(folder)))
     assert ours.tobytes() == theirs.tobytes()
     assert engine.model_name == "my model.v2"
+
+
+def test_checkpoint_for_inpainting_is_read_with_such_a_base(tmp_path: Path):
+    inpainting(tmp_path / "base")
+    file = make_checkpoint(tmp_path / "base", tmp_path / "painter.safetensors")
+    ours, theirs = (
+        pipe_of(build(model_id, base_model=str(tmp_path / "base"))).unet.state_dict()
+        for model_id in (file, tmp_path / "base")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("loaded", [torch.float32, torch.float16])

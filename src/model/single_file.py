@@ -121,7 +121,8 @@ def check_fits(shapes: Shapes, unet: Mapping[str, Any]) -> None:
     channels, expected = shapes[f"{UNET}input_blocks.0.0.weight"][1], unet.get("in_channels", 4)
     if channels != expected:
         what = "a checkpoint for inpainting" if channels == 9 else "a checkpoint of another kind"
-        raise StartError(f"{what}: its UNet has {channels} input channels, that of BASE_MODEL {expected}")
+        line = f"{what}: its UNet has {channels} input channels, that of BASE_MODEL {expected}"
+        raise StartError(f"{line}: set BASE_MODEL to a directory or hub id of the same kind")
     context, expected = context_width(shapes), unet.get("cross_attention_dim", 1280)
     if context not in (None, expected):
         raise StartError(
