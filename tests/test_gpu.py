@@ -129,6 +129,8 @@ def test_cancelled_request_frees_the_device(engine: Engine, scheduler: str):
 
 
 def test_hanging_device_is_noticed(pipe: StableDiffusionPipeline):
+    # the first step loads kernels, which may take longer than the time-out
+    engines.around(pipe).warm_up()
     engine, over = Engine(BatchRunner(pipe, "test"), 4, stall_timeout=1), threading.Event()
 
     def hang(*_: object) -> None:
@@ -138,7 +140,6 @@ def test_hanging_device_is_noticed(pipe: StableDiffusionPipeline):
         else:
             over.wait(60)
 
-    engine.warm_up()
     hook = pipe.unet.register_forward_pre_hook(hang)
     try:
         with pytest.raises(JobError, match="the GPU failed") as failed:

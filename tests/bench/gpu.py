@@ -4,7 +4,7 @@ One run on one device, with a full-size v1-4 of random weights, which is as fast
 baseline's handler, this worker with each of its settings, and this worker with what is no setting yet, for one picture
 and for a batch of four. A step is one call of the UNet with guidance: ``host ms`` is how long the host needs to launch
 it, ``device ms`` how long the device needs to compute it once it is launched; the longer of the two is what it takes.
-Also the time for which the device waits between two queued calls, the floor (the UNet's operations by count over the
+Also the time for which the device waits between two queued calls, the floor (a picture's operations by count over the
 device's measured matrix rate), and what to set on this device.
 
 ``--small`` does the same with a shrunken model, which any CPU can: it shows that the bench works and nothing else.
@@ -32,16 +32,16 @@ from src.startup.import_libraries import import_libraries
 os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")
 import_libraries()
 
-import diffusers
 import torch
 from diffusers import StableDiffusionPipeline
 from runpod import RunPodLogger
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import handler
 from src.api.request import ImageRequest
+from src.generation.attention import enable_attention_slicing
 from src.model import loading
-from src.schedulers import SCHEDULERS
 from src.settings import Settings
 from tests.bench import cold_start
 from tests.support.engines import pipe_of, shut_down
@@ -58,6 +58,15 @@ WARM_UPS = 2
 """Calls that are not counted: graphs are captured in the second with a shape."""
 HEAD_START_CYCLES = 400_000_000
 """The device's cycles, about 0.2 s, in which the host launches a whole step before the device begins with it."""
+FLOORS = {
+    "L4": (0.70, 1.50),
+    "A5000": (0.76, 1.01),
+    "3090": (1.19, 1.38),
+    "4090": (0.51, 0.70),
+    "H100": (0.086, 0.151),
+    "H200": (0.086, 0.128),
+}
+"""Seconds a picture, by a card's peak operations and by the roofline of each kernel (src/README.md, Decisions)."""
 MIN_GAIN = 1.03
 """Times as fast: less is noise."""
 
@@ -100,23 +109,29 @@ def channels_last(part: str, pipe: StableDiffusionPipeline) -> Iterator[None]:
 
 @contextmanager
 def cudnn_benchmark(pipe: StableDiffusionPipeline) -> Iterator[None]:
-    with torch.backends.cudnn.flags(benchmark=True):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
         yield
 
 
 @contextmanager
-def timesteps_on_cpu(scheduler: str, pipe: StableDiffusionPipeline) -> Iterator[None]:
-    """Has the scheduler look its tables up without waiting for the device."""
-    kind = getattr(diffusers, SCHEDULERS[scheduler].class_name)
-    set_timesteps, forward = kind.set_timesteps, pipe.unet.forward
+def fused_qkv(pipe: StableDiffusionPipeline) -> Iterator[None]:
+    pipe.fuse_qkv_projections()
+    enable_attention_slicing(pipe, "auto")
+    yield
 
-    def on_cpu(self: Any, steps: int, device: object = None) -> None:
-        set_timesteps(self, steps, device="cpu")
 
-    def on_device(sample: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return forward(sample, timestep.to(sample.device, non_blocking=True), *args, **kwargs)
+@contextmanager
+def checker_input_on_device(pipe: StableDiffusionPipeline) -> Iterator[None]:
+    """Resizes the safety checker's pictures on the device instead of with Pillow. Square ones need no cropping."""
+    size = pipe.feature_extractor.crop_size["height"]
+    mean, std = (torch.tensor(each, device=DEVICE).view(3, 1, 1) for each in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
 
-    with mock.patch.object(kind, "set_timesteps", on_cpu), mock.patch.object(pipe.unet, "forward", on_device):
+    def run(images: torch.Tensor, device: object, dtype: torch.dtype) -> tuple[torch.Tensor, list[bool]]:
+        resized = torch.nn.functional.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+        clip_input = ((resized.clamp(0, 1) - mean) / std).to(dtype)
+        return pipe.safety_checker(images=images, clip_input=clip_input)
+
+    with mock.patch.object(pipe, "run_safety_checker", run):
         yield
 
 
@@ -128,7 +143,6 @@ class Variant:
     reference: str | None
     """The variant that it is compared with."""
     change: Callable[[StableDiffusionPipeline], AbstractContextManager[None]] = lambda pipe: nullcontext()
-    scheduler: str = "PNDM"
 
 
 DEFAULTS, GRAPHS = "this worker", "ACCELERATION=graphs"
@@ -144,11 +158,10 @@ CHANGES = {
     "channels_last UNet": Variant(WITH_GRAPHS, GRAPHS, partial(channels_last, "unet")),
     "channels_last VAE": Variant(WITH_GRAPHS, GRAPHS, partial(channels_last, "vae")),
     "cudnn.benchmark": Variant(WITH_GRAPHS, GRAPHS, cudnn_benchmark),
-    "PNDM, timesteps on the CPU": Variant(WITH_GRAPHS, GRAPHS, partial(timesteps_on_cpu, "PNDM")),
-    "DDIM": Variant(WITH_GRAPHS, None, scheduler="DDIM"),
-    "DDIM, timesteps on the CPU": Variant(WITH_GRAPHS, "DDIM", partial(timesteps_on_cpu, "DDIM"), scheduler="DDIM"),
+    "QKV fused": Variant({}, DEFAULTS, fused_qkv),
+    "safety checker's input on the device": Variant({}, DEFAULTS, checker_input_on_device),
 }
-"""With graphs, where the host does not hide what a change does for the device."""
+"""Kernels change with graphs, where the host does not hide what that does for the device."""
 
 
 def timestamp() -> Any:
@@ -209,10 +222,10 @@ def step_times(pipe: StableDiffusionPipeline, images: int, runs: int) -> dict[st
 
 
 def unet_inputs(unet: torch.nn.Module, images: int) -> list[torch.Tensor]:
-    """Zeros for one step with guidance."""
+    """Random inputs of one step with guidance: devices compute zeros faster."""
     size, width = unet.config.sample_size, unet.config.cross_attention_dim
     shapes = (2 * images, unet.config.in_channels, size, size), (), (2 * images, 77, width)
-    return [torch.zeros(shape, device=DEVICE, dtype=DTYPE) for shape in shapes]
+    return [torch.randn(shape, device=DEVICE, dtype=DTYPE) for shape in shapes]
 
 
 def free_device() -> None:
@@ -258,7 +271,7 @@ def measure_worker(models: Path, steps: int, runs: int, variant: Variant) -> tup
     )
 
     def request(**job_input: Any) -> ImageRequest:
-        common = {"prompt": PROMPT, "num_inference_steps": steps, "scheduler": variant.scheduler}
+        common = {"prompt": PROMPT, "num_inference_steps": steps}
         return ImageRequest.parse(common | job_input, engine.limits)
 
     def generate(images: int) -> None:
@@ -283,16 +296,15 @@ def measure_worker(models: Path, steps: int, runs: int, variant: Variant) -> tup
 
 
 def floor(models: Path, steps: int) -> tuple[float, float]:
-    """The UNet's floating-point operations for one picture with guidance, and how many a second the device does."""
+    """The floating-point operations of a whole picture, and how many a second the device does in a matrix product."""
     free_device()
-    with torch.no_grad():
-        unet = load_plain(models / "baked", sliced=False).unet
-        with FlopCounterMode(display=False) as counted:
-            unet(*unet_inputs(unet, 1))
-        n = 8192 if CUDA else 1024
-        a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in "ab")
-        rate = 2 * n**3 / measure_calls(lambda _: a @ b, 1, 20).seconds
-    return float(counted.get_total_flops() * steps), rate
+    pipe = load_plain(models / "baked", sliced=False)
+    with FlopCounterMode(display=False) as counted:
+        pipe(PROMPT, num_inference_steps=steps)
+    n = 8192 if CUDA else 1024
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in "ab")
+    rate = 2 * n**3 / measure_calls(lambda _: a @ b, 1, 20).seconds
+    return float(counted.get_total_flops()), rate
 
 
 def times_as_fast(measured: Rows, reference: Rows) -> list[float]:
@@ -382,10 +394,10 @@ def report(models: Path, steps: int, runs: int, price: float | None) -> None:
     for name in SETTINGS:
         print(f"device idle between two queued calls, {name}: {waits[name]:.1f} ms")
     operations, rate = floor(models, steps)
-    print(
-        f"floor: {operations / 1e12:.3g} TFLOP of the UNet a picture / {rate / 1e12:.3g} TFLOP/s = "
-        f"{operations / rate:.3f} s"
-    )
+    print(f"floor: {operations / 1e12:.3g} TFLOP a picture / {rate / 1e12:.3g} TFLOP/s = {operations / rate:.3f} s")
+    for card, (by_operations, by_roofline) in FLOORS.items():
+        if CUDA and card in torch.cuda.get_device_name().split():
+            print(f"floor of a {card} for 50 steps by its datasheet: {by_operations} s, by roofline {by_roofline} s")
     print(*advice(rows), sep="\n")
 
 
