@@ -1,6 +1,8 @@
 import asyncio
 import base64
 import io
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from src.generation.engine import Engine
 from src.job_handler import KEPT_ANSWERS, JobHandler
 from src.settings import Settings
 from tests.support import engines
+from tests.support.pictures import in_base64, plain
 
 
 def run(engine: Engine, job: dict[str, Any], settings: Settings | None = None) -> dict[str, Any]:
@@ -37,6 +40,25 @@ def test_job_is_answered_with_its_picture(v1_4_engine: Engine, capsys: pytest.Ca
     log = capsys.readouterr().out
     assert "job-1 | generated 1 of 64 x 64 in 2 steps: " in log
     assert "secret" not in log
+
+
+def test_job_with_a_picture_tells_its_strength_and_counts_the_steps_that_are_done(
+    v1_4_engine: Engine, capsys: pytest.CaptureFixture
+):
+    reports: list[dict[str, Any]] = []
+
+    @asynccontextmanager
+    async def last_report(job_id: str, report: Callable[[], dict[str, Any]]) -> AsyncIterator[None]:
+        yield
+        reports.append(report())
+
+    asked = job(image=in_base64(plain("red")), num_inference_steps=10, strength=0.5)
+    output = asyncio.run(JobHandler(v1_4_engine, Settings(), last_report).handle(asked))
+    assert reports == [{"progress": 100, "step": 5, "steps": 5}]
+    assert output["strength"] == 0.5
+    text = Image.open(io.BytesIO(base64.b64decode(output["image"]))).text["parameters"]
+    assert "Size: 64x64, Denoising strength: 0.5, Model: " in text
+    assert "job-1 | generated 1 of 64 x 64 in 5 steps: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bad", [{"id": "job-1"}, {"id": "job-1", "input": None}, {"id": "job-1", "input": ["secret"]}])
