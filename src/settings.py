@@ -33,8 +33,8 @@ class Settings(BaseModel):
         "`demo` for the embedded model. "
         f"Default: `{DEFAULT_MODEL_ID}` on RunPod or with a CUDA device, `demo` otherwise",
         json_schema_extra={
-            "description": "Hub id, directory or .safetensors file of another Stable Diffusion 1.x model; "
-            "/model is the image's own",
+            "description": "Hub id, directory or .safetensors file of another Stable Diffusion 1.x or 2.x "
+            "model; /model is the image's own",
             "default": "/model",
         },
     )
@@ -80,7 +80,8 @@ class Settings(BaseModel):
         ge=1,
         le=100,
         title="Jobs at once",
-        description="Jobs that the worker holds at once: one batch on the GPU, the rest queued",
+        description="Jobs that the worker holds at once: one batch on the GPU, the rest queued; "
+        "from 3 on, queued jobs can share a batch",
         json_schema_extra={"advanced": False},
     )
     max_batch_images: Integer = Field(

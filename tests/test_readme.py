@@ -120,6 +120,13 @@ def test_module_that_a_command_runs_exists(page: str):
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), name
 
 
+def test_body_that_creates_an_endpoint_has_the_hosts_and_the_disk_of_the_hub():
+    (body,) = (json.loads(block) for block in re.findall(r"```json\n(.+?)```", PAGES[".runpod/README.md"], re.S))
+    hub = json.loads((ROOT / ".runpod" / "hub.json").read_text())["config"]
+    assert ",".join([*body["gpu"]["pools"], *(f"-{card}" for card in body["gpu"]["excludedTypes"])]) == hub["gpuIds"]
+    assert body["disk"] == hub["containerDiskInGb"]
+
+
 def test_deployment_page_links_the_model_at_the_pinned_commit():
     assert f"https://huggingface.co/{DEFAULT_MODEL_ID}:{DEFAULT_MODEL_REVISION}" in PAGES[".runpod/README.md"]
 
