@@ -129,9 +129,10 @@ def test_pictures_are_turned_upright(name: str, orientation: int):
     assert difference(read(text), CORNERS) <= 5
 
 
-def test_broken_colour_profile_is_ignored():
+@pytest.mark.parametrize("broken", [{"icc_profile": b"nonsense"}, {"exif": b"Exif\0\0nonsense"}])
+def test_broken_metadata_is_ignored(broken: dict[str, bytes]):
     for name in ("PNG", "JPEG", "WEBP"):
-        assert difference(read(in_base64(CORNERS, name, icc_profile=b"nonsense")), CORNERS) <= 5
+        assert difference(read(in_base64(CORNERS, name, **broken)), CORNERS) <= 5
 
 
 def test_mask_is_black_and_white_and_of_the_pictures_size():
@@ -246,7 +247,7 @@ def test_hostile_file_is_refused_in_words(make: Callable[[], bytes], said: str):
     assert refusal(text) == f"image: {said}"
 
 
-@pytest.mark.parametrize("text", ["a secret!", "pässword", "\udcff", "/etc/passwd.", "file:///etc/passwd"])
+@pytest.mark.parametrize("text", ["a secret!", "pässword", "\udcff", "/etc/passwd.", "file:///etc/passwd", "data:,a"])
 def test_text_that_is_no_base64_is_refused_and_not_quoted(text: str):
     assert refusal(text) == "image: must be a file in base64, a data: URL with one, or its http or https address"
 

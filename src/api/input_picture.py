@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Annotated
 
 # Pillow knows a format once its plugin is imported
@@ -56,9 +57,9 @@ InputPicture = Annotated[Image.Image | None, BeforeValidator(_picture), WithJson
 
 
 def _file(text: str) -> bytes:
-    if text.startswith("data:"):
-        text = text.partition(";base64,")[2]
     try:
+        if text.startswith("data:"):
+            _, text = text.split(";base64,", 1)
         symbols = text.encode("ascii").translate(None, b" \t\r\n").rstrip(b"=")
         return base64.b64decode(symbols + b"=" * (-len(symbols) % 4), validate=True)
     except ValueError:
@@ -83,7 +84,9 @@ def decode(file: bytes) -> Image.Image:
         if isinstance(picture, JpegImageFile) and file.count(b"\xff\xda") > MAX_SCANS:
             raise OSError("too many scans")
         picture.load()
-        ImageOps.exif_transpose(picture, in_place=True)
+        # an EXIF block that cannot be read tells no orientation
+        with suppress(Exception):
+            ImageOps.exif_transpose(picture, in_place=True)
         return _on_white(picture)
     except PydanticCustomError:
         raise
