@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
@@ -10,10 +9,10 @@ import pytest
 from PIL import Image
 
 from src.api.request import ImageRequest
-from tests.support.client import Client, until
+from tests.support.client import Client
 from tests.support.examples import EXAMPLES, ending_its_job, environment, run
 from tests.support.fields import LIMITS
-from tests.support.platform_stub import Fault, Platform, serving
+from tests.support.platform_stub import Fault, Platform
 
 
 @pytest.fixture
@@ -72,17 +71,6 @@ def test_error_is_reported_in_one_line(
     (line,) = ran.stderr.splitlines()
     assert line.startswith("generate.mjs: ") and line.endswith(error)
     assert not list(project.glob("picture*"))
-
-
-def test_interrupt_cancels_the_job(project: Path):
-    with serving() as platform:
-        platform.faults += [Fault("/status/", delay=0.1)]
-        example = subprocess.Popen(["node", "generate.mjs", "the sea"], cwd=project, env=environment(platform))
-        until(lambda: not platform.faults)
-        example.send_signal(signal.SIGINT)
-        assert example.wait(20) == 130
-        (job,) = platform.jobs.values()
-        assert job.status == "CANCELLED"
 
 
 def ai_sdk(platform: Platform, project: Path, **options: object) -> subprocess.CompletedProcess[str]:

@@ -47,7 +47,8 @@ def names_sent(run: dict[str, Any]) -> list[str]:
 def test_every_request_works_on_the_platform(node_modules: Path, platform: Platform, client: Client, tmp_path: Path):
     url = f"{platform.url}/v2/local"
     with receiver() as (webhook_url, received):
-        variables = {"base_url": url, "api_key": platform.key, "webhook_url": webhook_url, "allow_purge": "1"}
+        variables = {"base_url": url, "api_key": platform.key, "webhook_url": webhook_url}
+        variables |= {"allow_purge": "1", "native_size": "128"}
         run = run_collection(node_modules, "runpod.postman_environment.json", tmp_path, **variables)
         until(lambda: received)
     names = re.findall(r'"name": "([^"]+)",\s+"(?:event|request)"', COLLECTION.read_text())
@@ -64,7 +65,8 @@ def test_queue_is_purged_only_if_allowed(node_modules: Path, platform: Platform,
 
 def test_requests_for_the_sdks_local_server_work_there(node_modules: Path, local_server: str, tmp_path: Path):
     run = run_collection(node_modules, "localhost.postman_environment.json", tmp_path, base_url=local_server)
-    assert names_sent(run) == ["Generate", "Status", "Generate and wait", "Several images", "A bad request"]
+    names = ["Generate", "Status", "Generate and wait", "Several images", "From a picture", "Inpaint", "A bad request"]
+    assert names_sent(run) == names
 
 
 def test_collection_knows_the_first_bytes_of_every_format():

@@ -1,0 +1,178 @@
+"""What the three scripts in examples have in common: values, files, interrupts, bad answers and broken downloads."""
+
+import base64
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.client import until
+from tests.support.examples import EXAMPLES, ending_its_job, environment, run
+from tests.support.pictures import file, plain
+from tests.support.platform_stub import Fault, Platform, serving
+
+pytestmark = pytest.mark.process
+
+Script = list[object]
+DONE = {"output": {"image": "aGk=", "seed": 1}}
+
+
+@pytest.fixture(params=["generate.sh", "generate.py", "generate.mjs"])
+def script(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Script:
+    """A script's command."""
+    path = EXAMPLES / request.param
+    if path.suffix == ".mjs":
+        # which finds packages next to itself
+        folder = tmp_path_factory.mktemp("project")
+        (folder / "node_modules").symlink_to(request.getfixturevalue("node_modules"))
+        return ["node", shutil.copy(path, folder)]
+    return [path] if path.suffix == ".sh" else [sys.executable, path]
+
+
+def error_of(script: Script, platform: Platform, folder: Path, *fields: str) -> str:
+    """Returns the only line that a failed script prints."""
+    ran = run([*script, "the sea", *fields], folder, **environment(platform))
+    assert (ran.returncode, ran.stdout) == (1, "")
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("generate.")
+    return line.partition(": ")[2]
+
+
+def test_value_is_a_number_unless_its_field_is_text_or_json_cannot_hold_it(script: Script, tmp_path: Path):
+    fields = json.loads((EXAMPLES / "schema" / "input.json").read_text())["properties"]
+    sent = {name: "1990" for name, field in fields.items() if '"string"' in json.dumps(field)}
+    assert {"prompt", "negative_prompt", "image"} <= sent.keys()
+    sent |= {"a": "1e999", "b": "9" * 400, "c": "1٢", "d": "007", "e": "NaN", "f": ""}
+    numbers = {"seed": "7", "strength": "0.5", "other": "-1.5e3"}
+    with ending_its_job("COMPLETED", DONE) as platform:
+        arguments = [f"{name}={value}" for name, value in (sent | numbers).items()]
+        ran = run([*script, "the sea", *arguments], tmp_path, **environment(platform))
+        (job,) = platform.jobs.values()
+    assert ran.returncode == 0, ran.stderr
+    assert job.input == sent | {"seed": 7, "strength": 0.5, "other": -1500}
+
+
+@pytest.mark.parametrize("name", ["__proto__", "constructor", "prototype"])
+def test_name_that_the_javascript_sdk_leaves_out_is_sent_or_refused(script: Script, tmp_path: Path, name: str):
+    with ending_its_job("FAILED", {"error": f"{name}: unknown field"}) as platform:
+        assert name in error_of(script, platform, tmp_path, f"{name}=7")
+        assert all(name in job.input for job in platform.jobs.values())
+
+
+def test_picture_is_sent_from_a_file_or_as_an_address(script: Script, tmp_path: Path):
+    picture, address = file(plain("red")), "https://example.com/mask.png?a=b"
+    (tmp_path / "a photo.png").write_bytes(picture)
+    with ending_its_job("COMPLETED", DONE) as platform:
+        fields = ["image=@a photo.png", f"mask={address}", "negative_prompt=@home"]
+        ran = run([*script, "the sea", *fields], tmp_path, **environment(platform))
+        (job,) = platform.jobs.values()
+    assert ran.returncode == 0, ran.stderr
+    sent = {"image": base64.b64encode(picture).decode(), "mask": address, "negative_prompt": "@home"}
+    assert job.input == {"prompt": "the sea"} | sent
+
+
+@pytest.mark.parametrize(("field", "error"), [("image=@nothing.png", "nothing.png"), ("mask=@large.png", "10 MB")])
+def test_file_that_is_missing_or_too_large_is_told_before_a_job_is_sent(
+    script: Script, tmp_path: Path, field: str, error: str
+):
+    (tmp_path / "large.png").write_bytes(bytes(7_500_000))
+    with serving() as platform:
+        assert error in error_of(script, platform, tmp_path, field)
+        assert not platform.jobs
+
+
+@pytest.mark.parametrize(
+    ("path", "answer"), [("/run", "<html>"), ("/run", "{}"), ("/run", '{"id": null}'), ("/status/", '{"id": "1"}')]
+)
+def test_answer_that_is_not_from_runpod_ends_a_script(script: Script, tmp_path: Path, path: str, answer: str):
+    with serving() as platform:
+        platform.faults.append(Fault(path, text=answer))
+        error = error_of(script, platform, tmp_path)
+    assert error == "this is not an answer from RunPod: check ENDPOINT_URL" or (answer == "<html>" and error)
+
+
+@pytest.mark.parametrize("output", ["a text", ["a text"], {"text": "a text"}])
+def test_output_without_a_picture_is_told(script: Script, tmp_path: Path, output: object):
+    with ending_its_job("COMPLETED", {"output": output}) as platform:
+        assert "no picture" in error_of(script, platform, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+CHUNKED = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("link", "fault"),
+    [
+        pytest.param("/link", {"raw": f"{CHUNKED}400\r\nhalf a picture"}, id="cut off"),
+        pytest.param("/link", {"raw": "<html>Bad Gateway</html>"}, id="no HTTP"),
+        pytest.param("/a link", {"status": 403}, id="a space"),
+    ],
+)
+def test_download_that_breaks_leaves_an_older_file_as_it_was(
+    script: Script, tmp_path: Path, link: str, fault: dict[str, Any]
+):
+    older = tmp_path / "picture.png"
+    older.write_bytes(b"older")
+    with serving() as platform:
+        output = {"image_url": platform.url + link, "seed": 1}
+        answer = json.dumps({"id": "1", "status": "COMPLETED", "output": output})
+        platform.faults += [Fault("/status/", text=answer), Fault(link, **fault)]
+        assert error_of(script, platform, tmp_path)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"older"]
+
+
+def test_endpoint_that_wants_to_be_asked_again_tomorrow_is_asked_now(script: Script, tmp_path: Path):
+    busy = "HTTP/1.1 503 Busy\r\nRetry-After: 86400\r\nContent-Length: 0\r\n\r\n"
+    with ending_its_job("COMPLETED", DONE) as platform:
+        platform.faults.append(Fault("/status/", raw=busy))
+        ran = run([*script, "the sea"], tmp_path, **environment(platform))
+        assert (ran.returncode, platform.faults) == (0, []), ran.stderr
+
+
+def interrupt(script: Script, platform: Platform, folder: Path, fault: Fault) -> str:
+    """Presses Ctrl-C in a terminal whose script has met ``fault``. Returns what the script says then."""
+    times = fault.times
+    platform.faults.append(fault)
+    env = os.environ | environment(platform)
+    process = subprocess.Popen(
+        [*script, "the sea"], cwd=folder, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    until(lambda: fault.times < times)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    return said
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param({"path": "/run", "delay": 0.5}, id="run"),
+        pytest.param({"path": "/status/", "delay": 0.5}, id="status"),
+        pytest.param({"path": "/status/", "status": 503, "times": 100}, id="busy"),
+    ],
+)
+def test_interrupt_cancels_the_job_even_while_a_request_is_under_way(
+    script: Script, tmp_path: Path, fault: dict[str, Any]
+):
+    with serving() as platform:
+        said = interrupt(script, platform, tmp_path, Fault(**fault))
+        (job,) = platform.jobs.values()
+        assert said.endswith(f": cancelled job {job.id}\n")
+        assert job.status == "CANCELLED"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_job_that_cannot_be_cancelled_is_told(script: Script, tmp_path: Path):
+    with serving() as platform:
+        platform.faults.append(Fault("/cancel/", status=500))
+        said = interrupt(script, platform, tmp_path, Fault("/run", delay=0.5))
+        (job,) = platform.jobs.values()
+        assert f"cannot cancel job {job.id}: " in said and "500" in said
