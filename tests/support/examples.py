@@ -37,5 +37,7 @@ def ending_its_job(status: str, result: dict[str, Any] | None = None) -> Iterato
             (job,) = platform.jobs.values()
             platform.end(job, status, result)
 
-        asyncio.run_coroutine_threadsafe(end(), platform.loop)
+        ending = asyncio.run_coroutine_threadsafe(end(), platform.loop)
         yield platform
+        # if no job came
+        ending.cancel()
