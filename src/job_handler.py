@@ -77,8 +77,8 @@ class JobHandler:
         self, job: dict[str, Any], read_input: openai.ReadInput, word_error: openai.WordError
     ) -> dict[str, Any]:
         try:
-            job_input, may_upload = read_input(job.pop("input", None))
-            request = await read_request(job_input, self._engine.limits)
+            job_input, may_upload, faults = read_input(job.pop("input", None))
+            request = await read_request(job_input, self._engine.limits, faults)
             # with pictures it can have 20 MB, and the job may wait
             del job_input
             return await self._generate(job["id"], request, may_upload)

@@ -156,8 +156,7 @@ def test_mask_is_black_and_white_and_of_the_pictures_size():
         ((1000, 500), {"width": 512}, (512, 256)),
         ((1000, 500), {"height": 512}, (1024, 512)),
         ((500, 1000), {"width": 512}, (512, 1024)),
-        ((500, 1000), {"width": 1024}, (1024, 1024)),
-        ((1, 4096), {"width": 64}, (64, 1024)),
+        ((64, 1024), {"width": 64}, (64, 1024)),
         ((1000, 500), {"width": 512, "height": 512}, (512, 512)),
     ],
 )
@@ -167,9 +166,25 @@ def test_size_is_the_pictures_own_unless_asked_for(size: tuple[int, int], asked:
     assert request.image.size == (request.width, request.height) == used
 
 
-@given(st.tuples(st.integers(1, 4096), st.integers(1, 4096)), st.sampled_from(["", "width", "height"]))
-def test_any_size_becomes_one_that_can_be_asked_for(size: tuple[int, int], side: str):
-    width, height = fitted_size(size, 1024, {side: 512} if side else {})
+@pytest.mark.parametrize(
+    ("size", "asked", "said"),
+    [
+        ((500, 1000), {"width": 1024}, "width: with this picture the height would be 2048, must be at most 1024"),
+        ((300, 200), {"height": 1024}, "height: with this picture the width would be 1536, must be at most 1024"),
+        ((300, 100), {"width": 128}, "width: with this picture the height would be 40, must be at least 64"),
+        ((1, 4096), {"height": 1024}, "height: with this picture the width would be 0, must be at least 64"),
+    ],
+)
+def test_side_alone_is_refused_if_the_other_would_be_out_of_bounds(
+    size: tuple[int, int], asked: dict[str, int], said: str
+):
+    assert refusal(in_base64(plain("red", size)), **asked) == said
+    assert refusal(in_base64(plain("red", size)), **asked, seed=-2).endswith(f"; {said}")
+
+
+@given(st.tuples(st.integers(1, 4096), st.integers(1, 4096)))
+def test_any_size_becomes_one_that_can_be_asked_for(size: tuple[int, int]):
+    width, height = fitted_size(size, 1024, {})
     parse(in_base64(plain("red")), width=width, height=height)
 
 
@@ -279,6 +294,11 @@ def test_damaged_file_is_read_or_refused_in_words(name: str, data: st.DataObject
     [
         ({"mask": True}, "mask: needs image, the picture that it is a mask of"),
         ({"strength": 0.5}, "strength: needs image, the picture that it is about"),
+        ({"mask": "c2VjcmV0"}, f"mask: {OTHER}; mask: needs image, the picture that it is a mask of"),
+        (
+            {"strength": 5},
+            "strength: must be at most 1.0, got 5.0; strength: needs image, the picture that it is about",
+        ),
         ({"image": True, "strength": 0}, "strength: must be above 0.0, got 0.0"),
         ({"image": True, "strength": 1.01}, "strength: must be at most 1.0, got 1.01"),
         (

@@ -74,13 +74,19 @@ def test_model_list_has_the_one_model(images: OpenAI):
     [
         ({"n": 9}, "n", "invalid input: n: must be at most 4, got 9"),
         ({"size": "65x64"}, "size", "invalid input: size: must be a multiple of 8, got 65"),
-        ({"size": "512x512"}, "size", "invalid input: size: must be at most 256, got 512"),
+        ({"size": "512x512"}, "size", "invalid input: size: must be a multiple of 8 from 64 to 256, got 512"),
         ({"stream": True}, "stream", "invalid input: stream: not supported"),
         ({"size": "large"}, "size", "invalid input: size: must be auto or such as 512x512, got large"),
         (
             {"response_format": "url"},
             "response_format",
             "invalid input: response_format: must be b64_json, since this endpoint has no bucket, got url",
+        ),
+        (
+            {"stream": True, "size": "large", "n": 9, "extra_body": {"seed": -2, "image": "http://127.0.0.1/"}},
+            "stream",
+            "invalid input: stream: not supported; size: must be auto or such as 512x512, got large; "
+            "seed: must be at least -1, got -2; n: must be at most 4, got 9",
         ),
         (
             {"output_compression": 0, "extra_body": {"promt": "x"}},
@@ -201,7 +207,7 @@ def test_malformed_body_is_logged_and_refused_in_openais_format(
 )
 def test_request_of_a_known_client_is_accepted(body: dict[str, Any], fields: dict[str, Any]):
     call = {"openai_route": openai.IMAGES, "openai_input": {"prompt": "the sea"} | body}
-    job_input, _ = openai.read_input(call, has_bucket=False)
+    job_input, _, _ = openai.read_input(call, has_bucket=False)
     assert job_input == {"prompt": "the sea"} | fields
     ImageRequest.parse(job_input, ModelLimits(native_size=512, max_size=1024, scheduler="PNDM"))
 
@@ -232,10 +238,9 @@ def test_request_of_a_known_client_is_accepted(body: dict[str, Any], fields: dic
 )
 def test_what_is_not_supported_or_contradicts_itself_is_refused(body: dict[str, Any], faults: list[str]):
     call = {"openai_route": openai.IMAGES, "openai_input": {"prompt": "the sea"} | body}
-    with pytest.raises(InvalidInput) as refused:
-        openai.read_input(call, has_bucket=False)
-    assert list(refused.value.faults) == faults
-    assert openai.word_error(refused.value)["param"] == faults[0].split(":")[0]
+    _, _, found = openai.read_input(call, has_bucket=False)
+    assert found == faults
+    assert openai.word_error(InvalidInput(*found))["param"] == faults[0].split(":")[0]
 
 
 def test_lost_device_is_a_server_error_and_replaces_the_worker():

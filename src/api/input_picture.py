@@ -120,17 +120,20 @@ def fitted_size(size: tuple[int, int], max_size: int, asked: Mapping[str, int]) 
         max_size: the model's largest.
         asked: ``width``, ``height`` or both. If one of them, the other keeps the picture's proportions; if none, the
             picture is scaled down to ``max_size``, and never up.
+
+    The side that keeps the proportions can be out of bounds.
     """
     width, height = size
+    smallest = 0
     if "width" in asked:
         wanted, own = asked["width"], width
     elif "height" in asked:
         wanted, own = asked["height"], height
     else:
-        wanted, own = min(max_size, max(size)), max(size)
+        wanted, own, smallest = min(max_size, max(size)), max(size), MIN_SIZE
 
     def scaled(side: int) -> int:
-        return min(max(side * wanted // own // 8 * 8, MIN_SIZE), max_size)
+        return max(side * wanted // own // 8 * 8, smallest)
 
     return asked.get("width", scaled(width)), asked.get("height", scaled(height))
 

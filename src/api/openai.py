@@ -24,8 +24,9 @@ NOT_SUPPORTED = ("partial_images", "stream")
 WITHOUT_EFFECT = {"background", "complexity", "model", "moderation", "quality", "safety_identifier", "style", "user"}
 """OpenAI's fields that mean nothing here. There is only one model, whatever ``model`` says."""
 
-ReadInput = Callable[[object], tuple[object, bool]]
-"""Takes a job's input; returns that of an ``ImageRequest``, and whether its pictures may go to the bucket."""
+ReadInput = Callable[[object], tuple[object, bool, list[str]]]
+"""Takes a job's input; returns that of an ``ImageRequest``, whether its pictures may go to the bucket, and the faults
+of what is left out of it."""
 WordError = Callable[[JobError], Any]
 """Returns the ``error`` of a failed job."""
 Answer = Callable[[dict[str, Any], ReadInput, WordError], Awaitable[dict[str, Any]]]
@@ -35,7 +36,7 @@ Answer = Callable[[dict[str, Any], ReadInput, WordError], Awaitable[dict[str, An
 async def answer(job: dict[str, Any], answer_job: Answer, model_name: str, has_bucket: bool) -> dict[str, Any]:
     """Answers a job that came through OpenAI's API in that API's shape, and any other with ``answer_job``."""
     if not is_call(job):
-        return await answer_job(job, lambda job_input: (job_input, True), str)
+        return await answer_job(job, lambda job_input: (job_input, True, []), str)
     if job["input"]["openai_route"] == MODELS:
         return {"object": "list", "data": [{"id": model_name, "object": "model", "created": 0, "owned_by": "runpod"}]}
     output = await answer_job(job, partial(read_input, has_bucket=has_bucket), word_error)
@@ -54,11 +55,11 @@ def is_call(job: dict[str, Any]) -> bool:
     return isinstance(job.get("input"), dict) and "openai_route" in job["input"]
 
 
-def read_input(call: Any, has_bucket: bool) -> tuple[object, bool]:
+def read_input(call: Any, has_bucket: bool) -> tuple[object, bool, list[str]]:
     """Converts the input of a job that came through OpenAI's API, as a ``ReadInput``.
 
     Raises:
-        InvalidInput: if the route is not supported, or naming what is wrong with OpenAI's own fields.
+        InvalidInput: if the route is not supported.
     """
     if call["openai_route"] == EDITS:
         raise InvalidInput(f"{EDITS} is not supported: send image and mask in base64 to {IMAGES}")
@@ -66,26 +67,25 @@ def read_input(call: Any, has_bucket: bool) -> tuple[object, bool]:
         raise InvalidInput(f"no such route; the routes are {IMAGES} and {MODELS}")
     body = call.get("openai_input")
     if not isinstance(body, dict):
-        return body, False
+        return body, False, []
     fields = {name: value for name, value in body.items() if value is not None and name not in WITHOUT_EFFECT}
     faults = [f"{name}: not supported" for name in NOT_SUPPORTED if fields.pop(name, 0) not in (0, False)]
     wanted, size = fields.pop("response_format", None), fields.get("size", "auto")
     if wanted not in (None, "b64_json", "url") or (wanted == "url" and not has_bucket):
         allowed = "b64_json or url" if has_bucket else "b64_json, since this endpoint has no bucket"
         faults.append(f"response_format: must be {allowed}, got {quoted(wanted)}")
-    if size == "auto":
+    match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size) if isinstance(size, str) else None
+    if not match:
         fields.pop("size", None)
+        if size != "auto":
+            faults.append(f"size: must be auto or such as 512x512, got {quoted(size)}")
     for theirs, ours in NAMES.items():
         if theirs in fields:
             faults += [f"{theirs}: contradicts {name}, send one of them" for name in ours if name in fields]
             fields |= dict.fromkeys(ours, fields.pop(theirs))
-    if match := re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size) if isinstance(size, str) else None:
+    if match:
         fields |= {"width": int(match[1]), "height": int(match[2])}
-    elif size != "auto":
-        faults.append(f"size: must be auto or such as 512x512, got {quoted(size)}")
-    if faults:
-        raise InvalidInput(*faults)
-    return fields, wanted != "b64_json"
+    return fields, wanted != "b64_json", faults
 
 
 def _image(image: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import math
 import re
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
@@ -127,12 +128,13 @@ class ImageRequest(BaseModel):
     )
 
     @classmethod
-    def parse(cls, job_input: object, limits: ModelLimits) -> Self:
+    def parse(cls, job_input: object, limits: ModelLimits, known_faults: Collection[str] = ()) -> Self:
         """Validates a job's input for a model.
 
         Args:
             job_input: ``job["input"]``, as parsed from JSON, with pictures in base64, as files or decoded.
             limits: the model's defaults and bounds.
+            known_faults: those of the job that have been found before.
 
         Raises:
             InvalidInput: listing every fault.
@@ -143,14 +145,15 @@ class ImageRequest(BaseModel):
         if unknown > len(cls.model_fields):
             # with a million of them, pydantic would block the event loop for seconds
             raise InvalidInput(f"{unknown:,} unknown fields; the fields are {', '.join(cls.model_fields)}")
-        parsing, faults = _Parsing(limits), list[str]()
+        given = {name for name, value in job_input.items() if value is not None}
+        parsing, faults = _Parsing(limits), [*known_faults]
         try:
             request = cls.model_validate(job_input, context=parsing)
         except ValidationError as error:
-            faults = describe_errors(error.errors(), cls.model_fields)
-        if faults := faults + faults_across(limits=limits, **parsing.right):
+            faults += describe_errors(error.errors(), cls.model_fields)
+        if faults := faults + faults_across(limits=limits, given=given, **parsing.right):
             raise InvalidInput(*faults)
-        asked = {name: getattr(request, name) for name in ("width", "height") if job_input.get(name) is not None}
+        asked = {name: getattr(request, name) for name in ("width", "height") if name in given}
         return request._fitted(asked, limits.max_size)
 
     def _fitted(self, asked: dict[str, int], max_size: int) -> Self:
@@ -213,14 +216,16 @@ class ImageRequest(BaseModel):
     def _drawn(cls, value: int) -> int:
         return secrets.randbits(32) if value == RANDOM_SEED else value
 
-    @field_validator("width", "height")
+    @field_validator("width", "height", mode="before")
     @classmethod
-    def _not_too_large(cls, value: int, info: ValidationInfo[_Parsing]) -> int:
-        if value > info.context.limits.max_size:
+    def _within_bounds(cls, value: object, info: ValidationInfo[_Parsing]) -> object:
+        # before the multiple is checked, which would hide the bounds
+        maximum = info.context.limits.max_size
+        if isinstance(value, int | float) and not isinstance(value, bool) and not MIN_SIZE <= value <= maximum:
             raise PydanticCustomError(
-                "too_large",
-                "must be at most {maximum}, got {value}",
-                {"maximum": info.context.limits.max_size, "value": shortened(value)},
+                "out_of_bounds",
+                "must be a multiple of 8 from {minimum} to {maximum}, got {value}",
+                {"minimum": MIN_SIZE, "maximum": maximum, "value": shortened(_whole_number(value))},
             )
         return value
 

@@ -4,7 +4,7 @@ import asyncio
 import ctypes
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from urllib.parse import urlsplit
@@ -28,20 +28,25 @@ class _NotFetched(str):
     """Why there is no file, in words for the client."""
 
 
-async def read_request(job_input: object, limits: ModelLimits) -> ImageRequest:
+async def read_request(job_input: object, limits: ModelLimits, faults: Collection[str] = ()) -> ImageRequest:
     """Returns the request that ``job_input`` is, with its pictures.
 
     An address is fetched once everything else has been found valid.
+
+    Args:
+        job_input: as ``ImageRequest.parse`` takes it, with the addresses of pictures too.
+        limits: the model's defaults and bounds.
+        faults: those of the job that are known already.
 
     Raises:
         InvalidInput: listing every fault.
     """
     if not isinstance(job_input, dict) or not {"image", "mask"} & job_input.keys():
-        return ImageRequest.parse(job_input, limits)
+        return ImageRequest.parse(job_input, limits, faults)
 
     async def parse(**files: object) -> ImageRequest:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(_reader, ImageRequest.parse, {**job_input, **files}, limits)
+        return await loop.run_in_executor(_reader, ImageRequest.parse, {**job_input, **files}, limits, faults)
 
     addresses = {
         name: value
