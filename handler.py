@@ -124,7 +124,6 @@ def main() -> None:
     # the SDK would parse the command line again
     del sys.argv[1:]
     # imported late, so that --help and misspelt arguments are answered at once
-    from src.errors import StartError
     from src.serving import one_job
     from src.settings import Settings
     from src.startup.environment import set_environment
@@ -133,9 +132,7 @@ def main() -> None:
     mode = choose_mode(arguments)
     job = None
     try:
-        if faults:
-            raise StartError("; ".join(faults))
-        settings = Settings.from_environment()
+        settings = Settings.from_environment(other_faults=faults)
         if mode is Mode.ONE_JOB:
             job = one_job.read_job(arguments.test_input)
         job_handler = build_job_handler(settings, one_job.progress_bar if job else None)

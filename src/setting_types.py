@@ -1,5 +1,6 @@
 """What the value of a setting must be."""
 
+import math
 import re
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -63,6 +64,24 @@ def _region(value: str) -> str:
     return value
 
 
+def _lora(part: str) -> tuple[str, float]:
+    form = re.fullmatch(r"(.+\.safetensors)(?::\s*([^:]*))?", part)
+    if not form:
+        raise PydanticCustomError("lora", "must be a .safetensors file, or owner/name/file.safetensors on the hub")
+    try:
+        scale = float(form[2] or 1)
+    except ValueError:
+        scale = math.nan
+    # with 0 it would have no effect
+    if not 0 < abs(scale) <= 10:
+        raise PydanticCustomError("lora", "the scale must be a number from -10 to 10, and not 0")
+    return form[1], scale
+
+
+def _parts(value: str) -> list[str]:
+    return [part.strip() for part in value.split(",")]
+
+
 Integer = Annotated[int, BeforeValidator(_digits)]
 """An upper bound without a stated source is there to catch typos."""
 Secret = Annotated[SecretStr, AfterValidator(_filled_in)]
@@ -70,3 +89,6 @@ Token = Annotated[Secret, AfterValidator(_token)]
 Address = Annotated[str, AfterValidator(_address)]
 BucketName = Annotated[str, AfterValidator(_bucket_name)]
 Region = Annotated[str, AfterValidator(_region)]
+AnyCase = BeforeValidator(str.lower)
+Loras = Annotated[tuple[Annotated[tuple[str, float], BeforeValidator(_lora)], ...], BeforeValidator(_parts)]
+"""Paths, or the hub's ``owner/name/file.safetensors``, and scales."""

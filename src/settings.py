@@ -2,15 +2,15 @@
 
 import difflib
 import os
-from collections.abc import Mapping
-from typing import Literal, Self
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from src.errors import StartError, shortened
-from src.setting_types import Address, BucketName, Integer, Region, Secret, Token
+from src.setting_types import Address, AnyCase, BucketName, Integer, Loras, Region, Secret, Token
 
 DEFAULT_MODEL_ID = "CompVis/stable-diffusion-v1-4"
 DEFAULT_MODEL_REVISION = "133a221b8aa7292a167afc5127cb63fb5005638b"
@@ -53,20 +53,20 @@ class Settings(BaseModel):
         f"tokenizer, scheduler, safety checker. Default: `/model` in an image with a model, else `{DEFAULT_MODEL_ID}`",
         json_schema_extra={"default": "/model"},
     )
-    lora: str | None = Field(
+    lora: Loras | None = Field(
         None,
         title="LoRAs",
         description="LoRAs to merge into the weights at start: `.safetensors` files, paths or "
         "`owner/name/file.safetensors` on the hub, each with `:scale` behind it if that is not 1, separated by commas",
         json_schema_extra={"advanced": False},
     )
-    attention_slicing: Literal["auto", "max", "off"] = Field(
+    attention_slicing: Annotated[Literal["auto", "max", "off"], AnyCase] = Field(
         "auto",
         title="Attention slicing",
         description="Computes attention for half of the heads at a time, for one, or for all",
         json_schema_extra={"advanced": False},
     )
-    acceleration: Literal["off", "graphs"] = Field(
+    acceleration: Annotated[Literal["off", "graphs"], AnyCase] = Field(
         "off", title="Acceleration", description="`graphs` runs the UNet as CUDA graphs, which need more memory"
     )
     safety_checker: bool = Field(
@@ -124,28 +124,37 @@ class Settings(BaseModel):
     def _embedded_model(cls, value: str | None) -> str | None:
         return DEMO_MODEL_ID if value and value.lower() == DEMO_MODEL_ID else value
 
-    @model_validator(mode="after")
-    def _whole_bucket(self) -> Self:
-        wanted = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key", "bucket_name")
-        missing = [name.upper() for name in wanted if getattr(self, name) is None]
-        if missing and (len(missing) < len(wanted) or self.bucket_region):
-            raise PydanticCustomError(
-                "bucket", "{missing} not set: set all of BUCKET_* or none", {"missing": ", ".join(missing)}
-            )
-        return self
-
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
+    def from_environment(
+        cls, environment: Mapping[str, str] = os.environ, other_faults: Sequence[str] = ()
+    ) -> "Settings":
         """Reads the settings; an empty variable counts as unset.
+
+        Args:
+            environment: the variables.
+            other_faults: what is wrong with those that are not settings.
 
         Raises:
             StartError: naming each bad variable, its value and what is allowed.
         """
-        given = {name: environment.get(name.upper(), "").strip() for name in cls.model_fields}
+        stripped = {name: environment.get(name.upper(), "").strip() for name in cls.model_fields}
+        given = {name: value for name, value in stripped.items() if value}
+        faults = [*other_faults, *_missing_of_bucket(given.keys())]
         try:
-            return cls.model_validate({name: value for name, value in given.items() if value})
+            settings = cls.model_validate(given)
         except ValidationError as error:
-            raise StartError("; ".join([*map(_format_error, error.errors()), *typo_hints(environment)])) from None
+            faults += map(_format_error, error.errors())
+        if faults:
+            raise StartError("; ".join([*faults, *typo_hints(environment)]))
+        return settings
+
+
+def _missing_of_bucket(given: Collection[str]) -> list[str]:
+    """Describes what a bucket lacks, if any setting of one is given."""
+    names = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key", "bucket_name")
+    missing = ", ".join(name.upper() for name in names if name not in given)
+    begun = any(name in given for name in (*names, "bucket_region"))
+    return [f"{missing} not set: set all of BUCKET_* or none"] if missing and begun else []
 
 
 def bounds(name: str) -> tuple[int, int]:
@@ -166,10 +175,11 @@ def typo_hints(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 def _format_error(error: ErrorDetails) -> str:
     """Words one of pydantic's errors for the operator."""
-    if not error["loc"]:
-        return error["msg"]
     name = str(error["loc"][0])
     match error["type"]:
+        case "lora":
+            # whole, because its end may be at fault
+            return f"{name.upper()}={error['input']}: {error['msg']}"
         case "secret":
             return f"{name.upper()}: {error['msg']}"
         case "string_type" | "string_unicode":

@@ -202,10 +202,10 @@ def test_text_encoder_part_that_diffusers_cannot_read_is_refused(
 )
 def test_setting_is_read_strictly(setting: str, read: list[tuple[str, float]] | None):
     if read:
-        assert loras.parse(setting) == read
+        assert Settings(lora=setting).lora == tuple(read)
     else:
         with pytest.raises(StartError, match=r"^LORA=.*: (the scale must be a number|must be a .safetensors file)"):
-            loras.parse(setting)
+            Settings.from_environment({"LORA": setting})
 
 
 def test_missing_file_is_named(v1_4_repository: Path):

@@ -25,7 +25,10 @@ pytestmark = pytest.mark.process
     [
         ({"MAX_CONCURRENCY": "none"}, "MAX_CONCURRENCY=none: must be an integer from 1 to 100"),
         ({"MODEL_ID": "/nowhere"}, "MODEL_ID=/nowhere: no such file or directory"),
-        ({"RUNPOD_PING_INTERVAL": "10s"}, "RUNPOD_PING_INTERVAL=10s: must be an integer from 1000 to 600000"),
+        (
+            {"RUNPOD_PING_INTERVAL": "10s", "SAFETY_CHECKER": "?"},
+            "RUNPOD_PING_INTERVAL=10s: must be an integer from 1000 to 600000; SAFETY_CHECKER=?: must be true or false",
+        ),
     ],
 )
 def test_jobs_are_answered_with_the_start_error_when_no_restart_can_help(

@@ -1,7 +1,5 @@
-"""LoRAs: read from the setting, checked by their headers, and merged into a loaded pipeline."""
+"""LoRAs: checked by their headers, and merged into a loaded pipeline."""
 
-import math
-import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,29 +41,6 @@ class Lora:
             # diffusers' own name for any
             name = Path(self.source).parent.name
         return name if self.scale == 1 else f"{name}:{self.scale:g}"
-
-
-def parse(setting: str) -> list[tuple[str, float]]:
-    """Splits ``LORA`` into paths, or the hub's ``owner/name/file.safetensors``, and scales.
-
-    Raises:
-        StartError: for a part of another form.
-    """
-    return [_parse_one(part.strip()) for part in setting.split(",")]
-
-
-def _parse_one(part: str) -> tuple[str, float]:
-    form = re.fullmatch(r"(.+\.safetensors)(?::\s*([^:]*))?", part)
-    if not form:
-        raise StartError(f"LORA={part}: must be a .safetensors file, or owner/name/file.safetensors on the hub")
-    try:
-        scale = float(form[2] or 1)
-    except ValueError:
-        scale = math.nan
-    # with 0 it would have no effect
-    if not 0 < abs(scale) <= 10:
-        raise StartError(f"LORA={part}: the scale must be a number from -10 to 10, and not 0")
-    return form[1], scale
 
 
 def check(shapes: Shapes, unet: Mapping[str, Any]) -> None:

@@ -71,7 +71,7 @@ def _find(settings: Settings, *, download: bool) -> Repository | None:
         return model
     unet = checks.read_json(model.path, "unet/config.json")
     merged: list[Lora] = []
-    for source, scale in loras.parse(settings.lora):
+    for source, scale in settings.lora:
         with prefixed(f"LORA={source}"):
             file = find_file(source, None, settings, download, partial(loras.check, unet=unet))
         if not file:
