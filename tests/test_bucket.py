@@ -222,9 +222,9 @@ def test_job_returns_links_in_place_of_pictures(
     storage: Storage, v1_4_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    job = {"id": "job-2", "input": {"prompt": "a cat", "num_inference_steps": 2, "seed": 1, "num_images": 2}}
+    asked = {"prompt": "a cat", "num_inference_steps": 2, "seed": 1, "num_images": 2}
     there, here = (
-        asyncio.run(JobHandler(v1_4_engine, each).handle(job))
+        asyncio.run(JobHandler(v1_4_engine, each).handle({"id": "job-2", "input": asked}))
         for each in (settings(), Settings(max_result_bytes=10**7))
     )
     assert [set(image) for image in there["images"]] == [{"image_url", "seed", "nsfw_content_detected"}] * 2

@@ -77,13 +77,15 @@ def run_job(handle: "Handler", job: dict[str, Any], *, quiet: bool) -> None:
     log = RunPodLogger()
     if quiet:
         log.set_level("ERROR")
+    # asked now, because the handler takes the input out of the job
+    openais = openai.is_call(job)
     started = time.monotonic()
     output = asyncio.run(handle(job))
     seconds = time.monotonic() - started
     if "error" not in output:
         log.info(f"Job result: {output}")
         try:
-            lines = [json.dumps(output)] if openai.is_call(job) else save_pictures(output, seconds)
+            lines = [json.dumps(output)] if openais else save_pictures(output, seconds)
             return print(*lines, sep="\n")
         except OSError as error:
             output = {"error": f"cannot write {error.filename}: {error.strerror}"}
