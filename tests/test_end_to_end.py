@@ -214,7 +214,7 @@ def test_older_python_is_refused_with_one_line():
     [
         ({"RUNPOD_LOG_LEVEL": "loud"}, "RUNPOD_LOG_LEVEL=loud: must be one of ERROR, WARN, INFO, DEBUG, TRACE, NOTSET"),
         ({"ATTENTION_SLICING": "fast"}, "ATTENTION_SLICING=fast: must be auto, max or off"),
-        ({"MODEL_ID": "/no/such/model"}, "MODEL_ID=/no/such/model: no such directory"),
+        ({"MODEL_ID": "/no/such/model"}, "MODEL_ID=/no/such/model: no such file or directory"),
     ],
 )
 def test_failed_start_is_explained_in_one_line(tmp_path: Path, environment: dict[str, str], said: str):

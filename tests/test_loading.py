@@ -32,8 +32,11 @@ def copy(v1_4_repository: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(v1_4_repository, tmp_path / "copy"))
 
 
-def sliced(pipe: StableDiffusionPipeline) -> bool:
-    return all(isinstance(processor, FusedSlicedAttnProcessor) for processor in pipe.unet.attn_processors.values())
+def slices(pipe: StableDiffusionPipeline) -> set[int]:
+    """In how many steps attention is computed."""
+    processors = pipe.unet.attn_processors.values()
+    assert {type(processor) for processor in processors} == {FusedSlicedAttnProcessor}
+    return {processor.steps for processor in processors}
 
 
 def load(**settings: Any) -> StableDiffusionPipeline:
@@ -46,14 +49,15 @@ def test_old_repository_loads_in_float32_with_attention_slicing_on_a_cpu(v1_4_re
     parts = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.safety_checker]
     assert {part.dtype for part in parts} == {torch.float32}
     assert {part.device.type for part in parts} == {"cpu"}
-    assert sliced(pipe)
+    assert slices(pipe) == {2}
     assert engine.limits.native_size == 64
     assert engine.model_name == v1_4_repository.name
 
 
-def test_attention_slicing_can_be_turned_off(v1_4_repository: Path):
-    assert not sliced(load(model_id=v1_4_repository, attention_slicing="off"))
-    assert sliced(load(model_id=v1_4_repository, attention_slicing="max"))
+def test_attention_slicing_can_be_turned_off_or_up(v1_4_repository: Path):
+    assert slices(load(model_id=v1_4_repository, attention_slicing="off")) == {1}
+    # one for each head
+    assert slices(load(model_id=v1_4_repository, attention_slicing="max")) == {8}
 
 
 def test_safety_checker_can_be_turned_off(copy: Path):

@@ -97,5 +97,5 @@ def test_refused_start_answers_jobs_although_its_output_fails(how: str):
     with serving() as platform, failing_output(how) as log:
         worker = platform.workers[platform.start_worker(log=log, MODEL_ID="/nowhere")].process
         done = Client(platform).generate()
-        assert done["error"] == "this endpoint cannot start: MODEL_ID=/nowhere: no such directory"
+        assert done["error"] == "this endpoint cannot start: MODEL_ID=/nowhere: no such file or directory"
         assert worker.poll() is None
