@@ -27,10 +27,11 @@ def record() -> list[str]:
     from src.settings import DEMO_MODEL_ID, Settings
 
     handler.build_job_handler(Settings(model_id=DEMO_MODEL_ID))
-    # the linker opens libraries without an audit event
+    # the linker opens libraries without an audit event; their paths there have no links
     mapped = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
     read = dict.fromkeys([*mapped, *opened])
-    return [file for file in read if file.startswith((sys.prefix, sys.base_prefix)) and Path(file).is_file()]
+    places = (sys.prefix, sys.base_prefix, os.path.realpath(sys.prefix))
+    return [file for file in read if file.startswith(places) and Path(file).is_file()]
 
 
 def main() -> None:
