@@ -185,8 +185,9 @@ NO_SCOPE = "Please enable access to public gated repositories in your fine-grain
             f'refused: {{}}: gated: accept its licence on the hub and set HF_TOKEN: "{NO_SCOPE}"',
         ),
         (FILES, (400, None, "long " * 999), 'refused: {}: the hub answered 400: "' + "long " * 38 + 'long..."'),
-        (FILES, (408, None, None), "may recover: {}: the hub answered 408"),
-        (INFO, (425, None, "Too early"), 'may recover: {}: the hub answered 425: "Too early"'),
+        # not 408 or 429, for which huggingface_hub would ask again for most of a minute
+        (FILES, (425, None, None), "may recover: {}: the hub answered 425"),
+        (INFO, (408, None, "Too slow"), 'may recover: {}: the hub answered 408: "Too slow"'),
         (INFO, (429, None, "Slow down"), 'may recover: {}: the hub answered 429: "Slow down"'),
         (INFO, (503, None, "Busy"), 'may recover: {}: the hub answered 503: "Busy"'),
     ],
