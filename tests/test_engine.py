@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,10 +12,12 @@ from src.api.limits import ModelLimits
 from src.api.picture import Picture
 from src.api.request import ImageRequest
 from src.errors import JobError
+from src.generation import stall_watch
 from src.generation.engine import Engine
 from src.generation.pending import GenerationResult, Progress
 from src.threads import start_pool
 from tests.support.engines import generate_together, occupy, until_idle
+from tests.support.pauses import Pauses
 
 LIMITS = ModelLimits(native_size=64, max_size=128, scheduler="PNDM")
 IMAGE = Image.new("RGB", (64, 64))
@@ -328,17 +329,6 @@ def test_lost_device_fails_all_requests_with_its_cause(shared: bool, words: str)
         engine.warm_up()
 
 
-class Slow(StandIn):
-    """A runner whose steps take 0.1 s each."""
-
-    def run(self, requests: Any, seeds: Any, after_step: Callable[[float], None]) -> list[Picture | JobError]:
-        def slow_step(share: float) -> None:
-            time.sleep(0.1)
-            after_step(share)
-
-        return super().run(requests, seeds, slow_step)
-
-
 def test_hanging_device_is_lost_for_current_and_later_requests():
     hangs, goes_on = threading.Event(), threading.Event()
 
@@ -379,11 +369,20 @@ def test_started_engine_and_pools_need_no_further_thread(monkeypatch: pytest.Mon
     assert sorted(pool.map(lambda _: both_run.wait(10), "ab")) == [0, 1]
 
 
-def test_slow_or_idle_device_is_not_lost():
-    engine = Engine(Slow(), 4, stall_timeout=0.3)
-    engine.warm_up()
+def test_slow_or_idle_device_is_not_lost(monkeypatch: pytest.MonkeyPatch):
+    pauses = Pauses(monkeypatch)
+
+    class Slow(StandIn):
+        def run(self, requests: Any, seeds: Any, after_step: Callable[[float], None]) -> list[Picture | JobError]:
+            def slow_step(share: float) -> None:
+                pauses.pass_by(3)
+                after_step(share)
+
+            return super().run(requests, seeds, slow_step)
+
+    engine = Engine(Slow(), 4, stall_timeout=5 * stall_watch.INTERVAL)
     (result,) = generate_together(engine, request(num_inference_steps=6))
     assert seeds(result) == [3]
     # idle for longer than the time-out
-    time.sleep(0.4)
+    pauses.pass_by(6)
     engine.warm_up()

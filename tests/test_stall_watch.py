@@ -5,41 +5,29 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 
 from src.generation import stall_watch
 from src.generation.stall_watch import StallWatch
+from tests.support.pauses import Pauses
 from tests.support.processes import ROOT
 
 TIMEOUT = 1.0
 
 
 def test_only_time_within_one_batch_counts(monkeypatch: pytest.MonkeyPatch):
-    stalled, ended, next_one = threading.Event(), threading.Semaphore(0), threading.Semaphore(0)
-
-    def sleep(_: float) -> None:
-        ended.release()
-        next_one.acquire(timeout=10)
-
-    def pass_time(intervals: int) -> None:
-        for _ in range(intervals):
-            next_one.release()
-            assert ended.acquire(timeout=10)
-
-    monkeypatch.setattr(stall_watch, "time", SimpleNamespace(sleep=sleep))
+    stalled, pauses = threading.Event(), Pauses(monkeypatch)
     watch = StallWatch(4 * stall_watch.INTERVAL, stalled.set)
-    assert ended.acquire(timeout=10)
-    pass_time(9)
+    pauses.pass_by(9)
     for _ in "ab":
         with watch:
-            pass_time(4)
+            pauses.pass_by(4)
             watch.step()
-            pass_time(4)
+            pauses.pass_by(4)
     with watch:
-        pass_time(4)
-        next_one.release()
+        pauses.pass_by(4)
+        pauses.end_one()
         assert stalled.wait(10)
 
 
