@@ -5,6 +5,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given, settings
@@ -61,6 +62,10 @@ def with_line_breaks(text: str) -> str:
     [
         lambda text: "data:image/png;base64," + text,
         lambda text: "data:;base64," + text,
+        lambda text: "\n DATA:image/PNG;Base64," + text,
+        lambda text: "data:image/png;base64," + quote(text, safe=""),
+        lambda text: quote(text, safe="").replace("%2B", "%2b"),
+        lambda text: text.replace("+", "-").replace("/", "_"),
         lambda text: text.rstrip("="),
         with_line_breaks,
         lambda text: f" {text}\n",

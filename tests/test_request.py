@@ -149,7 +149,7 @@ def test_fields_that_do_not_fit_together_are_reported_beside_others_but_not_if_o
 
 
 MEANT = {
-    "prompt": "promt Prompt prompts text_prompts positive_prompt",
+    "prompt": "promt Prompt prompts description text_prompts positive_prompt",
     "negative_prompt": "negativ_prompt negative-prompt negativePrompt negative neg_prompt uc n_prompt",
     "width": "Width image_width w",
     "height": "hieght heigth img_height h",
@@ -160,7 +160,7 @@ MEANT = {
     "num_images": "numImages batch_size n n_iter num_images_per_prompt num_outputs num_samples samples numberOfImages",
     "output_format": "output_fromat outputFormat format image_format",
     "output_quality": "quality output_compression jpeg_quality",
-    "image": "image_url init_image init_images input_image images image_base64 source_image",
+    "image": "image_url init_image init_images input_image images image_base64 source_image init_img starting_image",
     "mask": "mask_image mask_url masks inpaint_mask",
     "strength": "denoising_strength prompt_strength denoise image_strength init_strength",
     "scheduler": "schedule sampler sampler_index sampler_name samplerName scheduler_name",
@@ -211,6 +211,20 @@ def test_error_with_many_faults_is_cut():
     said = refusal({name: [] for name in fields} | {f"zz{i}" * 1000: 1 for i in range(len(fields))})
     assert said.endswith(f"; and {2 * len(fields) - MAX_REPORTED_ERRORS} more")
     assert len(said) < 2000
+
+
+OF_A1111 = (
+    "steps cfg_scale sampler_name batch_size denoising_strength init_images styles subseed subseed_strength tiling eta "
+    "seed_resize_from_h seed_resize_from_w n_iter restore_faces do_not_save_samples do_not_save_grid s_min_uncond "
+    "s_churn s_tmax s_tmin s_noise override_settings script_args send_images save_images alwayson_scripts hr_scale"
+)
+
+
+def test_names_that_mean_something_here_come_before_those_that_do_not():
+    said = refusal({"prompt": "x", "width": 65} | dict.fromkeys(reversed(OF_A1111.split()), 1))
+    for meant in ("num_inference_steps", "guidance_scale", "scheduler", "num_images", "strength", "image"):
+        assert f"did you mean {meant}?" in said
+    assert said.endswith("; and 9 more")
 
 
 def test_error_for_very_many_unknown_fields_counts_them():

@@ -132,7 +132,9 @@ def downloads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "download"]
 
 
-@pytest.mark.parametrize("written", ["{url}/red", "{url}/redirect?{url}/redirect?/red", "HTTP://127.0.0.1:{port}/red"])
+@pytest.mark.parametrize(
+    "written", ["{url}/red", "{url}/redirect?{url}/redirect?/red", "HTTP://127.0.0.1:{port}/red", "\n {url}/red "]
+)
 def test_picture_at_an_address_is_fetched(host: Host, written: str):
     request = read(image=written.format(url=host.url, port=host.port))
     assert request.image and request.image.tobytes() == plain("red").tobytes()
@@ -216,10 +218,18 @@ def test_other_schemes_and_paths_are_no_addresses(address: str):
 
 
 @pytest.mark.parametrize(
-    "address", ["http://", "http://[::1", "http://127.0.0.1:99999/", "http://" + "a" * 300, "https://\0/"]
+    "address",
+    [
+        *("http://", "http://[::1", "http:///red", "http://127.0.0.1:99999/", "http://127.0.0.1:abc/", "https://\0/"),
+        *("http://127.0.0.1/a\r\nX: y", "http://127.0.0.1\n/", "http://a host/"),
+    ],
 )
-def test_malformed_address_is_refused_in_words(address: str):
-    assert refusal(image=address).startswith("image: could not be fetched, its ")
+def test_malformed_address_is_told_as_none(address: str):
+    assert refusal(image=address) == "image: is not an address"
+
+
+def test_name_that_no_host_can_have_is_refused_in_words():
+    assert refusal(image="http://" + "a" * 300).startswith("image: could not be fetched, its ")
 
 
 def test_host_with_a_wrong_certificate_is_refused(host: Host, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated
@@ -21,6 +22,10 @@ MAX_READS = 100_000
 """A PNG of the largest size has some 10,000 chunks; over a million empty ones Pillow takes seconds."""
 MAX_SCANS = 40
 """Of a progressive JPEG, which usually has ten. Each takes 25 ms at the largest size, and 33 bytes of the file."""
+
+_DATA_URL = re.compile(r"\s*data:[^,]*;base64,", re.IGNORECASE)
+_OTHER_SPELLINGS = {"%2B": "+", "%2b": "+", "%2F": "/", "%2f": "/", "%3D": "=", "%3d": "=", "-": "+", "_": "/"}
+"""Of base64's symbols, in addresses. Decoding every percent sign of a large text would take seconds."""
 
 
 class _File(io.BytesIO):
@@ -58,8 +63,10 @@ InputPicture = Annotated[Image.Image | None, BeforeValidator(_picture), WithJson
 
 def _file(text: str) -> bytes:
     try:
-        if text.startswith("data:"):
-            _, text = text.split(";base64,", 1)
+        if data_url := _DATA_URL.match(text):
+            text = text[data_url.end() :]
+        for spelling, symbol in _OTHER_SPELLINGS.items():
+            text = text.replace(spelling, symbol)
         symbols = text.encode("ascii").translate(None, b" \t\r\n").rstrip(b"=")
         return base64.b64decode(symbols + b"=" * (-len(symbols) % 4), validate=True)
     except ValueError:

@@ -36,7 +36,7 @@ from src.api.limits import (
     RANDOM_SEED,
     ModelLimits,
 )
-from src.api.messages import describe_errors, kind_of, quoted
+from src.api.messages import MAX_UNKNOWN_FIELDS, describe_errors, kind_of, quoted
 from src.errors import InvalidInput, shortened
 from src.schedulers import SCHEDULERS
 
@@ -142,7 +142,7 @@ class ImageRequest(BaseModel):
         if not isinstance(job_input, dict):
             raise InvalidInput(f'must be an object such as {{"prompt": "..."}}, got {kind_of(job_input)}')
         unknown = len(job_input.keys() - cls.model_fields.keys())
-        if unknown > len(cls.model_fields):
+        if unknown > MAX_UNKNOWN_FIELDS:
             # with a million of them, pydantic would block the event loop for seconds
             raise InvalidInput(f"{unknown:,} unknown fields; the fields are {', '.join(cls.model_fields)}")
         given = {name for name, value in job_input.items() if value is not None}

@@ -18,7 +18,8 @@ from src.errors import InvalidInput
 FETCH_SECONDS = 10.0
 MAX_FILE_BYTES = 20_000_000
 
-_ADDRESS = re.compile("https?://", re.IGNORECASE)
+_ADDRESS = re.compile(r"\s*https?://", re.IGNORECASE)
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 _PLACEHOLDER = Image.new("RGB", (1, 1))
 _reader = ThreadPoolExecutor(1, thread_name_prefix="request reader")
 """One at a time, because a picture of the largest size takes 200 MB while it is read."""
@@ -49,7 +50,7 @@ async def read_request(job_input: object, limits: ModelLimits, faults: Collectio
         return await loop.run_in_executor(_reader, ImageRequest.parse, {**job_input, **files}, limits, faults)
 
     addresses = {
-        name: value
+        name: value.strip()
         for name in ("image", "mask")
         if isinstance(value := job_input.get(name), str) and _ADDRESS.match(value)
     }
@@ -108,6 +109,9 @@ def _get(address: str) -> bytes | _NotFetched:
     from runpod.serverless.utils import rp_ssrf
 
     try:
+        if _CONTROL_CHARACTER.search(address):
+            raise requests.exceptions.InvalidURL
+        requests.Request("GET", address).prepare()
         if "@" in urlsplit(address).netloc:
             return _NotFetched("must be an address without a user name")
         # compressed, a small answer could become a huge one
@@ -121,6 +125,8 @@ def _get(address: str) -> bytes | _NotFetched:
                 if len(file) > MAX_FILE_BYTES:
                     return _NotFetched(f"must have at most {MAX_FILE_BYTES // 10**6} MB")
             return bytes(file)
+    except requests.exceptions.InvalidURL:
+        return _NotFetched("is not an address")
     except rp_ssrf.SSRFError:
         # the same for a name that does not exist, so that nobody learns which names the endpoint's network has
         return _NotFetched("could not be fetched, its address leads to no public host")
