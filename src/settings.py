@@ -67,7 +67,7 @@ class Settings(BaseModel):
         json_schema_extra={"advanced": False},
     )
     acceleration: Annotated[Literal["off", "graphs"], AnyCase] = Field(
-        "off", title="Acceleration", description="`graphs` runs the UNet as CUDA graphs, which need more memory"
+        "graphs", title="Acceleration", description="`graphs` runs the UNet as CUDA graphs, `off` kernel by kernel"
     )
     safety_checker: bool = Field(
         True,

@@ -36,7 +36,7 @@ def test_every_variable_is_read():
         "base_model": "/model",
         "lora": (("a.safetensors", 0.7),),
         "attention_slicing": "off",
-        "acceleration": "graphs",
+        "acceleration": "off",
         "safety_checker": False,
         "max_concurrency": 3,
         "max_batch_images": 8,

@@ -20,11 +20,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any, ClassVar
-from unittest import mock
 
 from src.startup.import_libraries import import_libraries
 
@@ -36,11 +34,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from runpod import RunPodLogger
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import handler
 from src.api.request import ImageRequest
-from src.generation.attention import enable_attention_slicing
 from src.model import loading
 from src.settings import Settings
 from tests.bench import cold_start
@@ -102,37 +98,9 @@ class TimedPipeline(StableDiffusionPipeline):
 
 
 @contextmanager
-def channels_last(part: str, pipe: StableDiffusionPipeline) -> Iterator[None]:
-    getattr(pipe, part).to(memory_format=torch.channels_last)
+def channels_last(pipe: StableDiffusionPipeline) -> Iterator[None]:
+    pipe.unet.to(memory_format=torch.channels_last)
     yield
-
-
-@contextmanager
-def cudnn_benchmark(pipe: StableDiffusionPipeline) -> Iterator[None]:
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-        yield
-
-
-@contextmanager
-def fused_qkv(pipe: StableDiffusionPipeline) -> Iterator[None]:
-    pipe.fuse_qkv_projections()
-    enable_attention_slicing(pipe, "auto")
-    yield
-
-
-@contextmanager
-def checker_input_on_device(pipe: StableDiffusionPipeline) -> Iterator[None]:
-    """Resizes the safety checker's pictures on the device instead of with Pillow. Square ones need no cropping."""
-    size = pipe.feature_extractor.crop_size["height"]
-    mean, std = (torch.tensor(each, device=DEVICE).view(3, 1, 1) for each in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-
-    def run(images: torch.Tensor, device: object, dtype: torch.dtype) -> tuple[torch.Tensor, list[bool]]:
-        resized = torch.nn.functional.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
-        clip_input = ((resized.clamp(0, 1) - mean) / std).to(dtype)
-        return pipe.safety_checker(images=images, clip_input=clip_input)
-
-    with mock.patch.object(pipe, "run_safety_checker", run):
-        yield
 
 
 @dataclass(frozen=True)
@@ -145,23 +113,15 @@ class Variant:
     change: Callable[[StableDiffusionPipeline], AbstractContextManager[None]] = lambda pipe: nullcontext()
 
 
-DEFAULTS, GRAPHS = "this worker", "ACCELERATION=graphs"
-WITH_GRAPHS = {"acceleration": "graphs"}
+DEFAULTS, EAGER = "this worker", "ACCELERATION=off"
 SETTINGS = {
     DEFAULTS: Variant({}, None),
     "ATTENTION_SLICING=off": Variant({"attention_slicing": "off"}, DEFAULTS),
-    GRAPHS: Variant(WITH_GRAPHS, DEFAULTS),
-    f"{GRAPHS} ATTENTION_SLICING=off": Variant(WITH_GRAPHS | {"attention_slicing": "off"}, DEFAULTS),
+    EAGER: Variant({"acceleration": "off"}, DEFAULTS),
+    f"{EAGER} ATTENTION_SLICING=off": Variant({"acceleration": "off", "attention_slicing": "off"}, DEFAULTS),
 }
 """By what is set."""
-CHANGES = {
-    "channels_last UNet": Variant(WITH_GRAPHS, GRAPHS, partial(channels_last, "unet")),
-    "channels_last VAE": Variant(WITH_GRAPHS, GRAPHS, partial(channels_last, "vae")),
-    "cudnn.benchmark": Variant(WITH_GRAPHS, GRAPHS, cudnn_benchmark),
-    "QKV fused": Variant({}, DEFAULTS, fused_qkv),
-    "safety checker's input on the device": Variant({}, DEFAULTS, checker_input_on_device),
-}
-"""Kernels change with graphs, where the host does not hide what that does for the device."""
+CHANGES = {"channels_last UNet": Variant({}, DEFAULTS, channels_last)}
 
 
 def timestamp() -> Any:
@@ -328,9 +288,10 @@ def advice(rows: dict[str, Rows]) -> Iterator[str]:
         yield f"set nothing: no setting makes {DEFAULTS} {MIN_GAIN - 1:.0%} faster"
     else:
         yield f"set {best}: {compared(best, DEFAULTS)}"
-    for images, one in zip(BATCH_SIZES, rows[DEFAULTS], strict=True):
+    for images, one in zip(BATCH_SIZES, rows[EAGER], strict=True):
         limit = "host is the limit, which graphs relieve" if one.host > one.device else "device is the limit"
-        yield f"why: a step of {images} takes the host {one.host:.1f} ms, the device {one.device:.1f} ms: the {limit}"
+        took = f"the host {one.host:.1f} ms, the device {one.device:.1f} ms"
+        yield f"why: without graphs, a step of {images} takes {took}: the {limit}"
     for name, variant in CHANGES.items():
         if variant.reference:
             verdict = "worth a setting" if gain(name, variant.reference) >= MIN_GAIN else "not worth a setting"
