@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageChops, ImageStat
 
-from src.api.input_picture import fitted_size
+from src.api.input_picture import decode, fitted_size
 from src.api.limits import ModelLimits
 from src.api.request import ImageRequest
 from src.errors import InvalidInput
@@ -202,6 +202,17 @@ def test_picture_is_scaled_as_diffusers_does_it():
 
 def chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+@pytest.mark.parametrize(("color_type", "pixels"), [(0, [0x1234, 0x8000]), (2, [0x1234, 0, 0xABCD, 0xFF00, 0xFF00, 0])])
+def test_transparent_color_of_16_bits_becomes_white(color_type: int, pixels: list[int]):
+    written = struct.pack(f">{len(pixels)}H", *pixels)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, color_type, 0, 0, 0))
+    transparent = chunk(b"tRNS", written[: len(written) // 2])
+    rows = chunk(b"IDAT", zlib.compress(b"\0" + written))
+    picture = decode(b"\x89PNG\r\n\x1a\n" + header + transparent + rows + chunk(b"IEND", b""))
+    assert picture.getpixel((0, 0)) == (255, 255, 255)
+    assert picture.getpixel((1, 0)) == ((128, 128, 128) if color_type == 0 else (255, 255, 0))
 
 
 def png(width: int, height: int, *chunks: bytes) -> bytes:

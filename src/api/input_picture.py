@@ -91,6 +91,11 @@ def decode(file: bytes) -> Image.Image:
         if isinstance(picture, JpegImageFile) and file.count(b"\xff\xda") > MAX_SCANS:
             raise OSError("too many scans")
         picture.load()
+        transparent = picture.info.get("transparency")
+        if picture.format == "PNG" and file[24] == 16 and transparent is not None:
+            # Pillow turns the pixels' 16 bits into 8, but not those of the colour that is transparent
+            grey = isinstance(transparent, int)
+            picture.info["transparency"] = transparent >> 8 if grey else tuple(value >> 8 for value in transparent)
         # an EXIF block that cannot be read tells no orientation
         with suppress(Exception):
             ImageOps.exif_transpose(picture, in_place=True)
