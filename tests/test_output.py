@@ -16,6 +16,7 @@ from src.api.picture import Picture, parameters
 from src.api.request import ImageRequest, OutputFormat
 from src.errors import JobError
 from src.model.repository import DEMO_MODEL
+from tests.support.pictures import in_base64, plain
 
 RED = Image.new("RGB", (64, 64), (255, 0, 0))
 
@@ -54,6 +55,12 @@ def test_output_of_one_image():
         "model": "demo",
         "nsfw_content_detected": False,
     }
+
+
+@pytest.mark.parametrize(("color", "warnings"), [("#7f7f7f", True), ("white", False)])
+def test_mask_that_selects_nothing_gets_a_warning(color: str, warnings: bool):
+    masked = output(request(image=in_base64(RED), mask=in_base64(plain(color))))
+    assert masked.get("warnings") == (["mask: nowhere white, so nothing was painted anew"] if warnings else None)
 
 
 def test_blanked_pictures_are_named_after_other_warnings():
