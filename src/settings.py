@@ -119,7 +119,7 @@ class Settings(BaseModel):
         description="The region that requests are signed for. Default: from the address, else `us-east-1`",
     )
 
-    @field_validator("model_id")
+    @field_validator("model_id", "base_model")
     @classmethod
     def _embedded_model(cls, value: str | None) -> str | None:
         return DEMO_MODEL_ID if value and value.lower() == DEMO_MODEL_ID else value

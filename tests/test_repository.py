@@ -41,6 +41,13 @@ def test_impossible_model_id_is_refused(model_id: str, said: str):
         repository.find(Settings(model_id=model_id))
 
 
+def test_directory_whose_name_ends_like_a_file_is_one(copy: Path):
+    folder = copy.rename(copy.with_suffix(".safetensors"))
+    assert repository.find(Settings(model_id=str(folder))).path == folder
+    with pytest.raises(StartError, match=f"^LORA={folder}: a directory: name the .safetensors file that you want$"):
+        repository.find(Settings(model_id=str(folder), lora=str(folder)))
+
+
 def find(environment: dict[str, str], *, runpod_cache: Path | None = None, user: int | None = None) -> str:
     """Runs ``repository.find`` in a process of its own, since huggingface_hub reads its environment only once.
 

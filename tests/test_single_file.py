@@ -174,6 +174,10 @@ PICKLED = "pickled weights can run code, and are not read"
                 "safety_checker": f"the safety checker {COMPONENT}",
             }.items()
         ),
+        (
+            without("model.diffusion_model.input_blocks.0.0.weight"),
+            f"a checkpoint that lacks tensors of its UNet, or of another kind: {RUNS}",
+        ),
         (without("first_stage_model."), "a checkpoint without a VAE: use one with all parts"),
         (without("cond_stage_model."), "a checkpoint without a text encoder that diffusers can read: use one with all"),
         (with_channels(9), "a checkpoint for inpainting: its UNet has 9 input channels, that of BASE_MODEL 4"),
@@ -229,6 +233,8 @@ def test_fault_of_the_base_model_is_told_by_its_name(
     begin = f"MODEL_ID={checkpoint}: BASE_MODEL="
     assert said("/nowhere") == f"{begin}/nowhere: no such file or directory"
     assert said(str(tmp_path)).startswith(f"{begin}{tmp_path}: not a diffusers pipeline")
+    assert said(str(checkpoint)) == f"{begin}{checkpoint}: a file: name a directory or hub id"
+    assert said("Demo") == f"{begin}demo: the embedded model is no base for others: name a directory or hub id"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert said(None).startswith(
         f"{begin}{DEFAULT_MODEL_ID}: in no local cache, and HF_HUB_OFFLINE=1 forbids a download"

@@ -69,6 +69,8 @@ def find_directory(
     if local.is_dir():
         weights = check_directory(local, parts)
         return Directory(local, f"directory {local}", *_origin(local), weights)
+    if local.exists():
+        raise StartError("a file: name a directory or hub id")
     hub = hub_repository(model_id, revision, settings)
     unusable: StartError | None = None
     for path, where in hub.snapshots("model_index.json"):

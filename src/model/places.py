@@ -9,7 +9,7 @@ from pathlib import Path
 from src.errors import StartError
 from src.model.hub import LICENCES, HubRepository, download_errors
 from src.model.single_file import Shapes, read_shapes
-from src.settings import Settings
+from src.settings import DEMO_MODEL_ID, Settings
 
 SUFFIX = ".safetensors"
 
@@ -46,6 +46,8 @@ def find_file(
     if local.is_file():
         check(read_shapes(local))
         return File(local, f"file {local}", None, local.parent)
+    if local.is_dir():
+        raise StartError("a directory: name the .safetensors file that you want")
     owner, name, path = (*source.split("/", 2), "", "")[:3]
     hub = hub_repository(f"{owner}/{name}", revision, settings)
     if not path:
@@ -66,6 +68,8 @@ def find_file(
 
 def hub_repository(model_id: str, revision: str | None, settings: Settings) -> HubRepository:
     """The repository of a hub id that no path on this machine hides."""
+    if model_id == DEMO_MODEL_ID:
+        raise StartError("the embedded model is no base for others: name a directory or hub id")
     if model_id.startswith(("/", ".", "~")):
         raise StartError("no such file or directory")
     return HubRepository(model_id, revision, settings.hf_token.get_secret_value() if settings.hf_token else None)

@@ -86,7 +86,8 @@ def _find_model(settings: Settings, download: bool) -> Repository | None:
         words = checks.read_json(DEMO_MODEL, "words.json")
         weights = check_directory(DEMO_MODEL)
         return Repository(DEMO_MODEL, "embedded", DEMO_MODEL_ID, None, weights, DEMO_MODEL, words=words)
-    if not (local_path(model_id).is_file() or model_id.endswith(SUFFIX)):
+    local = local_path(model_id)
+    if local.is_dir() or not (local.is_file() or model_id.endswith(SUFFIX)):
         directory = find_directory(model_id, settings.model_revision, settings, download)
         return Repository(**vars(directory), licences=directory.path) if directory else None
     file = find_file(model_id, settings.model_revision, settings, download, single_file.check_checkpoint)
@@ -102,10 +103,11 @@ def _find_model(settings: Settings, download: bool) -> Repository | None:
     return Repository(base.path, where, name, file.revision, base.weights, file.folder, file.path)
 
 
-def naming(settings: Settings) -> AbstractContextManager[None]:
-    """Adds the operator's choice of a model to the front of a StartError."""
+def naming(settings: Settings, *, merged: bool = False) -> AbstractContextManager[None]:
+    """Adds the operator's choice of a model to the front of a StartError, and its LoRAs if they are ``merged``."""
     revision = f", MODEL_REVISION={settings.model_revision}" if settings.model_revision else ""
-    return prefixed(f"MODEL_ID={choose_model(settings)}{revision}")
+    added = f", LORA={', '.join(source for source, _ in settings.lora)}" if merged and settings.lora else ""
+    return prefixed(f"MODEL_ID={choose_model(settings)}{revision}{added}")
 
 
 @contextmanager

@@ -45,6 +45,7 @@ KINDS = {
     ("double_blocks.", "single_transformer_blocks."): f"a Flux checkpoint, {RUNS}",
     ("control_model.", "controlnet_", "input_hint_block."): f"a ControlNet, which is not used here: {RUNS}",
     (f"{UNET}input_blocks.0.0.weight",): "",
+    (UNET, VAE): f"a checkpoint that lacks tensors of its UNet, or of another kind: {RUNS}",
     ("emb_params", "string_to_param", "clip_l"): (
         "a textual inversion: add it to a directory with diffusers (load_textual_inversion, then save_pretrained)"
     ),
@@ -140,4 +141,5 @@ def version(context: int | None) -> str:
 def context_width(shapes: Shapes) -> int | None:
     """Returns the channels of the context that a UNet attends to, or a LoRA for one."""
     ends = ("attn2.to_k.weight", "attn2_to_k.lora_down.weight", "attn2.to_k.lora_A.weight", "to_k_lora.down.weight")
-    return next((shape[1] for name, shape in shapes.items() if name.endswith(ends) and "attn2" in name), None)
+    found = (shape for name, shape in shapes.items() if name.endswith(ends) and "attn2" in name and len(shape) > 1)
+    return next((shape[1] for shape in found), None)
