@@ -69,7 +69,7 @@ def build_job_handler(settings: "Settings", progress_reports: "ProgressReports |
     try:
         engine.warm_up()
     except NotFinite as error:
-        with repository.naming(settings):
+        with repository.naming(settings, merged=True):
             # the card may be at fault
             raise StartError(NO_PICTURE, may_recover=True) from error
     picture.warm_up()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import handler
 from src.errors import StartError
@@ -16,7 +16,7 @@ from src.model import loras, repository
 from src.settings import Settings
 from tests.support import forks, hub
 from tests.support.engines import build, generate, pipe_of
-from tests.support.processes import python
+from tests.support.processes import python, run_handler
 from tests.support.single_files import Layer, Tensors, kohya, kohya_of_2022, layers_of, peft
 from tests.support.v1_4 import SMALL, make_repository
 
@@ -140,6 +140,11 @@ def only_unknown(tensors: Tensors) -> Tensors:
     return {f"mid_block.attentions.0.proj_in.lora_{each}.weight": torch.zeros(4, 4) for each in "AB"}
 
 
+def with_down(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], Tensors]:
+    """With matrices changed that do not tell the width of the context."""
+    return lambda tensors: {name: change(t) if "to_q.lora_down" in name else t for name, t in tensors.items()}
+
+
 def with_tensor(name: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: tensors | {name: torch.zeros(1, 1)}
 
@@ -158,6 +163,22 @@ def with_tensor(name: str) -> Callable[[Tensors], Tensors]:
         (with_tensor("lora_unet_x.hada_w1_a"), "a LoHa, which cannot be merged into this model: use a plain LoRA"),
         (with_tensor("lora_unet_x.lora_mid.weight"), "a LoCon with Tucker decomposition, which cannot be merged"),
         (with_tensor("lora_unet_x.dora_scale"), "a DoRA, which cannot be merged"),
+        (
+            with_down(lambda tensor: tensor.new_zeros(4, 999)),
+            "it does not fit this model: its tensors have other shapes",
+        ),
+        (with_down(lambda tensor: tensor.to(torch.int8)), "its tensors are integers"),
+        (lambda tensors: {name: tensor.flatten() for name, tensor in tensors.items()}, UNREAD),
+        (
+            lambda tensors: {name: t for name, t in tensors.items() if "lora_up" not in name},
+            "it lacks lora_up tensors",
+        ),
+        (
+            lambda tensors: {
+                n: t[:0] if "lora_down" in n else t[:, :0] if "lora_up" in n else t for n, t in tensors.items()
+            },
+            "its rank is 0",
+        ),
         (with_tensor("lora_unet_x.diff"), f"{UNREAD}ValueError: The following keys have not been"),
         (lambda tensors: {"emb_params": torch.zeros(1)}, "no LoRA, but a textual inversion: add it to a directory"),
         (
@@ -167,7 +188,12 @@ def with_tensor(name: str) -> Callable[[Tensors], Tensors]:
     ],
 )
 def test_lora_of_another_kind_or_family_is_refused(
-    v1_shaped: Path, plain: StableDiffusionPipeline, tmp_path: Path, change: Callable[[Tensors], Tensors], said: str
+    v1_shaped: Path,
+    plain: StableDiffusionPipeline,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    change: Callable[[Tensors], Tensors],
+    said: str,
 ):
     file = tmp_path / "detail.safetensors"
     save_file(change(kohya(layers_of(plain, trained)[0], [])), file)
@@ -175,6 +201,8 @@ def test_lora_of_another_kind_or_family_is_refused(
         build(v1_shaped, lora=f"{file}:0.7")
     assert str(refused.value).startswith(f"LORA={file}: {said}")
     assert "\n" not in str(refused.value)
+    logged = capfd.readouterr()
+    assert logged.err == "" and len(logged.out.splitlines()) <= 2
     assert not refused.value.may_recover
 
 
@@ -248,3 +276,13 @@ def test_peft_is_imported_only_for_a_lora(v1_4_repository: Path, plain: StableDi
     said = python(code, MODEL_ID=str(v1_4_repository), LORA=str(file)).splitlines()
     assert said[-1] == "True"
     assert "INFO   | LoRA detail: 120 of 120 tensors merged" in said
+
+
+@pytest.mark.process
+def test_lora_is_named_along_when_the_first_picture_is_nan(v1_4_repository: Path, tmp_path: Path):
+    small = StableDiffusionPipeline.from_pretrained(v1_4_repository)
+    file = make(tmp_path / "detail.safetensors", small)
+    save_file({name: tensor * torch.nan for name, tensor in load_file(file).items()}, file)
+    ran = run_handler(tmp_path, "--check", MODEL_ID=str(v1_4_repository), LORA=str(file))
+    assert f"the worker cannot start: MODEL_ID={v1_4_repository}, LORA={file}: its first picture is NaN" in ran.stdout
+    assert ran.stderr == ""

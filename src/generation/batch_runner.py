@@ -77,6 +77,8 @@ class BatchRunner:
         )
 
     @torch.inference_mode()
+    # the safety checker is given NaN as a picture, too
+    @np.errstate(invalid="ignore")
     def run(
         self, requests: Sequence[ImageRequest], seeds: Sequence[int], after_step: Callable[[float], None]
     ) -> list[Picture | JobError]:

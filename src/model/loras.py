@@ -1,7 +1,10 @@
 """LoRAs: checked by their headers, and merged into a loaded pipeline."""
 
+import logging
 import textwrap
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +25,19 @@ OTHER_KINDS = {
 }
 """What diffusers cannot merge, or only in part, by what a tensor's name contains."""
 
+WHY_UNREAD = {
+    "size mismatch": "it does not fit this model: its tensors have other shapes",
+    "ignore_mismatched_sizes": "it does not fit this model: its tensors have other shapes",
+    "can require gradients": "its tensors are integers",
+    "lora_up.weight'": "it lacks lora_up tensors",
+    "`r` should be": "its rank is 0",
+}
+"""What errors of diffusers, transformers and peft mean, by what they contain."""
+
 MAX_QUOTED = 200
 """In characters: the most that is quoted of an error, which may list every layer."""
+MAX_LOGGED = 1000
+"""In characters: the most of it that is logged."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +86,33 @@ def merge(pipe: "StableDiffusionPipeline", lora: Lora) -> str:
     Raises:
         StartError: if it has no effect, or diffusers cannot read it.
     """
+    from runpod import RunPodLogger
+
     try:
-        pipe.load_lora_weights(str(lora.path), local_files_only=True, unet_config=pipe.unet.config)
-        placed = sum("lora_" in name for part in (pipe.unet, pipe.text_encoder) for name in part.state_dict())
-        pipe.fuse_lora(lora_scale=lora.scale)
-        pipe.unload_lora_weights()
+        with _quiet():
+            pipe.load_lora_weights(str(lora.path), local_files_only=True, unet_config=pipe.unet.config)
+            placed = sum("lora_" in name for part in (pipe.unet, pipe.text_encoder) for name in part.state_dict())
+            pipe.fuse_lora(lora_scale=lora.scale)
+            pipe.unload_lora_weights()
     except Exception as error:
-        why = textwrap.shorten(one_line(error), MAX_QUOTED, placeholder="...")
-        line = f"LORA={lora.source}: it does not fit this model, or diffusers cannot read it: {why}"
-        raise StartError(line) from error
+        RunPodLogger().error(textwrap.shorten(f"{lora}: {error}", MAX_LOGGED, placeholder="..."))
+        quoted = textwrap.shorten(one_line(error), MAX_QUOTED, placeholder="...")
+        unread = f"it does not fit this model, or diffusers cannot read it: {quoted}"
+        why = next((meaning for part, meaning in WHY_UNREAD.items() if part in str(error)), unread)
+        raise StartError(f"LORA={lora.source}: {why}") from error
     if not placed:
         raise StartError(f"LORA={lora.source}: no part of it fits this model")
     # the others are a number each, alpha
     given = sum(len(shape) > 1 for shape in read_shapes(lora.path).values())
     return f"LoRA {lora}: {placed} of {given} tensors merged"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what the libraries say about each layer that is not in a LoRA, or does not fit."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
