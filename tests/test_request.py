@@ -240,6 +240,13 @@ def test_unprintable_text_is_refused(text: str):
         assert refusal({"prompt": "x", field: text}).startswith(f"{field}: must ")
 
 
+def test_text_that_is_too_long_and_unprintable_is_told_both():
+    assert refusal({"prompt": "x\x07" * 1001}) == (
+        "prompt: must not hold control characters other than newline and tab, and must have 1 to 2,000 characters, "
+        "got 2,002"
+    )
+
+
 def test_windows_line_end_becomes_a_newline():
     request = parse(prompt="two\r\nlines\r\n", negative_prompt="a\r\n\r\nb", seed=1)
     assert request == parse(prompt="two\nlines", negative_prompt="a\n\nb", seed=1)

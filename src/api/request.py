@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -74,20 +73,10 @@ def _real_number(value: object) -> object:
         return math.inf
 
 
-def _plain_text(value: str) -> str:
-    value = value.replace("\r\n", "\n")
-    if _LONE_SURROGATE.search(value):
-        raise PydanticCustomError("lone_surrogate", "must be valid Unicode, has a lone surrogate")
-    if _CONTROL_CHARACTER.search(value):
-        raise PydanticCustomError("control_character", "must not hold control characters other than newline and tab")
-    return value.strip() if _VISIBLE.search(value) else ""
-
-
 Integer = Annotated[StrictInt, BeforeValidator(_whole_number)]
 Number = Annotated[StrictFloat, BeforeValidator(_real_number), Field(allow_inf_nan=False)]
 # the bounds come first, or they would be lost in the JSON Schema of a field that can be None
 Strength = Annotated[StrictFloat, Field(gt=0, le=1, allow_inf_nan=False), BeforeValidator(_real_number)]
-Text = Annotated[StrictStr, AfterValidator(_plain_text)]
 
 
 class ImageRequest(BaseModel):
@@ -98,8 +87,8 @@ class ImageRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, arbitrary_types_allowed=True)
 
-    prompt: Annotated[Text, PerImage] = Field(description="What to generate")
-    negative_prompt: Annotated[Text, PerImage] = Field("", description="What to keep out of the picture")
+    prompt: Annotated[StrictStr, PerImage] = Field(description="What to generate")
+    negative_prompt: Annotated[StrictStr, PerImage] = Field("", description="What to keep out of the picture")
     width: Integer = Field(ge=MIN_SIZE, multiple_of=8, description="In pixels; by default the model's native size")
     height: Integer = Field(ge=MIN_SIZE, multiple_of=8, description="In pixels; by default the model's native size")
     num_inference_steps: Integer = Field(50, ge=1, le=MAX_STEPS, description="Denoising steps")
@@ -201,15 +190,19 @@ class ImageRequest(BaseModel):
 
     @field_validator("prompt", "negative_prompt")
     @classmethod
-    def _length(cls, value: str, info: ValidationInfo[_Parsing]) -> str:
-        minimum = 1 if info.field_name == "prompt" else 0
-        if not minimum <= len(value) <= MAX_PROMPT_LENGTH:
-            raise PydanticCustomError(
-                "length",
-                "must have {minimum} to {maximum} characters, got {length}",
-                {"minimum": minimum, "maximum": f"{MAX_PROMPT_LENGTH:,}", "length": f"{len(value):,}"},
-            )
-        return value
+    def _plain_text(cls, value: str, info: ValidationInfo[_Parsing]) -> str:
+        value = value.replace("\r\n", "\n")
+        text = value.strip() if _VISIBLE.search(value) else ""
+        minimum, faults = int(info.field_name == "prompt"), list[str]()
+        if _LONE_SURROGATE.search(value):
+            faults.append("must be valid Unicode, has a lone surrogate")
+        if _CONTROL_CHARACTER.search(value):
+            faults.append("must not hold control characters other than newline and tab")
+        if not minimum <= len(text) <= MAX_PROMPT_LENGTH:
+            faults.append(f"must have {minimum} to {MAX_PROMPT_LENGTH:,} characters, got {len(text):,}")
+        if faults:
+            raise PydanticCustomError("text", "{faults}", {"faults": ", and ".join(faults)})
+        return text
 
     @field_validator("seed")
     @classmethod
