@@ -1,5 +1,6 @@
 """Loading of a model: device, precision, and models that are refused."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -114,26 +115,24 @@ def test_float16_files_are_loaded_in_float32_on_a_cpu(copy: Path):
     assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.safety_checker)} == {torch.float32}
 
 
-def truncate(path: str) -> Callable[[Path], None]:
-    def cut(folder: Path) -> None:
-        content = (folder / path).read_bytes()
-        (folder / path).write_bytes(content[: len(content) // 2])
-
-    return cut
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        truncate("unet/diffusion_pytorch_model.safetensors"),
-        truncate("text_encoder/model.safetensors"),
-        lambda folder: (folder / "tokenizer" / "vocab.json").unlink(),
-    ],
-)
-def test_damaged_file_is_reported_in_one_line(copy: Path, damage: Callable[[Path], None]):
-    damage(copy)
-    with pytest.raises(StartError, match=f"^MODEL_ID={copy}: cannot be loaded: .+$") as refused:
+@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
+def test_weights_that_are_cut_off_in_a_directory_are_named_and_no_restart_is_tried(copy: Path, file: str):
+    os.truncate(copy / file, (copy / file).stat().st_size // 2)
+    with pytest.raises(StartError, match=rf"^MODEL_ID={copy}: {file}: cut off at .+$") as refused:
         load(model_id=copy)
+    assert not refused.value.may_recover
+
+
+@pytest.mark.parametrize("damaged", ["unet/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json"])
+def test_damaged_file_in_a_cache_is_reported_in_one_line(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
+):
+    monkeypatch.setattr("src.model.hub.RUNPOD_CACHE", tmp_path / "cache")
+    snapshot = tmp_path / "cache" / "models--someone--tiny" / "snapshots" / "commit"
+    shutil.copytree(copy, snapshot)
+    (snapshot / damaged).write_bytes(b"{")
+    with pytest.raises(StartError, match=r"^MODEL_ID=someone/tiny: cannot be loaded: .+$") as refused:
+        load(model_id="someone/tiny")
     # the file may be intact on another host
     assert refused.value.may_recover
 

@@ -12,7 +12,9 @@ from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 from src.errors import StartError, one_line, shortened
 from src.model import cuda_driver
 from src.model.checks import check_tokenizer, read_json
-from src.model.repository import Repository, naming
+from src.model.places import local_path
+from src.model.repository import Repository, choose_model, naming, prefixed
+from src.model.single_file import read_shapes
 from src.settings import DEMO_MODEL_ID, Settings, on_pod, on_runpod
 
 
@@ -58,6 +60,11 @@ def load(
         except StartError:
             raise
         except Exception as error:
+            # a copy in a cache may be intact on another host, the operator's own files are the same on each
+            if local_path(choose_model(settings)).exists():
+                for file in repository.weight_files:
+                    with prefixed(f"{file.parent.name}/{file.name}"):
+                        read_shapes(file)
             raise StartError(f"cannot be loaded: {one_line(error)}", may_recover=True) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
