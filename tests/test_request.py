@@ -105,7 +105,7 @@ def test_values_within_the_bounds_are_accepted_and_others_refused(field: str, in
 
 def test_embedded_model_has_a_lower_size_limit():
     assert parse(DEMO, width=256).width == 256
-    assert refusal({"prompt": "x", "width": 264}, DEMO) == "width: must be a multiple of 8 from 64 to 256, got 264"
+    assert refusal({"prompt": "x", "width": 264}, DEMO) == "width: must be at most 256, got 264"
 
 
 NOTHING_TAKES = [True, False, [], ["x"], {}, {"a": 1}, math.nan, math.inf, -math.inf]
@@ -129,14 +129,9 @@ def test_error_for_an_unknown_format_lists_the_formats():
 
 def test_all_errors_are_reported_together():
     assert refusal({"promt": "a cat", "width": 515, "height": 10_000}) == (
-        "prompt: required; width: must be a multiple of 8, got 515; height: must be a multiple of 8 from 64 to 1024, "
-        "got 10000; promt: unknown field, did you mean prompt?"
+        "prompt: required; width: must be a multiple of 8, got 515; height: must be at most 1024, got 10000; "
+        "promt: unknown field, did you mean prompt?"
     )
-
-
-@pytest.mark.parametrize("value", [515, 0, -64, 257, 515.0, 515.5, 10**400])
-def test_fault_of_a_size_tells_all_that_it_must_be(value: float):
-    assert refusal({"prompt": "x", "width": value}, DEMO).startswith("width: must be a multiple of 8 from 64 to 256, ")
 
 
 def test_fields_that_do_not_fit_together_are_reported_beside_others_but_not_if_one_is_wrong_itself():
