@@ -248,14 +248,20 @@ def test_stop_signal_that_overtakes_its_job_is_honoured_for_a_while(
     work(remember, clients, timing=replace(SHORT, early_stop=early_stop))
 
 
+def deliver_again_after_a_stop(stub: Platform, client: Client) -> str:
+    """Has a job end, then sends a stop signal for it, then delivers it again."""
+    job = client.run()
+    client.finished(job)
+    until(lambda: not JobsProgress().get_job_count())
+    send_stop(stub, job)
+    stub.queue.append(stub.jobs[job])
+    return job
+
+
 def test_stop_signal_for_a_job_that_has_ended_does_not_stop_its_next_delivery(stub: Platform):
     def clients() -> None:
         client = Client(stub)
-        job = client.run()
-        client.finished(job)
-        until(lambda: not JobsProgress().get_job_count())
-        send_stop(stub, job)
-        stub.queue.append(stub.jobs[job])
+        job = deliver_again_after_a_stop(stub, client)
         until(lambda: len(results(stub, job)) == 2)
 
     stub.poll_seconds = 0.1
@@ -271,11 +277,7 @@ def test_stop_signal_that_overtakes_the_second_delivery_of_a_failed_job_is_honou
 
     def clients() -> None:
         client = Client(stub)
-        job = client.run()
-        client.finished(job)
-        until(lambda: not JobsProgress().get_job_count())
-        send_stop(stub, job)
-        stub.queue.append(stub.jobs[job])
+        job = deliver_again_after_a_stop(stub, client)
         # the second of two jobs that come one after the other
         client.generate()
         assert handled.count(job) == 1
