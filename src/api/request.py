@@ -140,7 +140,8 @@ class ImageRequest(BaseModel):
             request = cls.model_validate(job_input, context=parsing)
         except ValidationError as error:
             faults += describe_errors(error.errors(), cls.model_fields)
-        if faults := faults + faults_across(limits=limits, given=given, **parsing.right):
+        faults += faults_across(limits, given, parsing.right)
+        if faults:
             raise InvalidInput(*faults)
         asked = {name: getattr(request, name) for name in ("width", "height") if name in given}
         return request._fitted(asked, limits.max_size)
