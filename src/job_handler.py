@@ -56,8 +56,7 @@ class JobHandler:
         answer = self._answers.get(job["id"])
         # a job that is delivered again must not wait for an answer that is being cancelled
         if not answer or answer.cancelling():
-            in_its_shape = openai.answer(job, self._answer, self._engine.model_name, bool(self._bucket))
-            answer = self._answers[job["id"]] = asyncio.create_task(in_its_shape)
+            answer = self._answers[job["id"]] = asyncio.create_task(self._answer(job))
             answer.add_done_callback(self._forget)
         # a copy, because the SDK pops keys
         return dict(await answer)
@@ -73,23 +72,31 @@ class JobHandler:
             if answer.done() and job_id not in kept:
                 del self._answers[job_id]
 
-    async def _answer(
-        self, job: dict[str, Any], read_input: openai.ReadInput, word_error: openai.WordError
-    ) -> dict[str, Any]:
+    async def _answer(self, job: dict[str, Any]) -> dict[str, Any]:
+        is_openais = openai.is_call(job)
+
+        def failure(error: JobError) -> dict[str, Any]:
+            return {"error": openai.word_error(error) if is_openais else str(error)}
+
         try:
-            job_input, may_upload, faults = read_input(job.pop("input", None))
+            job_input, may_upload, faults = job.pop("input", None), True, list[str]()
+            if is_openais:
+                if job_input["openai_route"] == openai.MODELS:
+                    return openai.list_models(self._engine.model_name)
+                job_input, may_upload, faults = openai.read_input(job_input, bool(self._bucket))
             request = await read_request(job_input, self._engine.limits, faults)
             # with pictures it can have 20 MB, and the job may wait
             del job_input
-            return await self._generate(job["id"], request, may_upload)
+            output = await self._generate(job["id"], request, may_upload)
+            return openai.shape_output(output) if is_openais else output
         except JobError as error:
             if error.__cause__:
                 log.error("".join(traceback.format_exception(error.__cause__)), job["id"])
             log.warn(f"failed: {str(error).split(':')[0]}", job["id"])
-            return {"error": word_error(error)} | ({"refresh_worker": True} if error.refresh_worker else {})
+            return failure(error) | ({"refresh_worker": True} if error.refresh_worker else {})
         except Exception:
             log.error(traceback.format_exc(), job["id"])
-            return {"error": word_error(JobError(f"internal error, see the worker's log for job {job['id']}"))}
+            return failure(JobError(f"internal error, see the worker's log for job {job['id']}"))
 
     async def _generate(self, job_id: str, request: ImageRequest, may_upload: bool) -> dict[str, Any]:
         progress = Progress()

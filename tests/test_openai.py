@@ -243,12 +243,13 @@ def test_what_is_not_supported_or_contradicts_itself_is_refused(body: dict[str, 
     assert openai.word_error(InvalidInput(*found))["param"] == faults[0].split(":")[0]
 
 
-def test_lost_device_is_a_server_error_and_replaces_the_worker():
-    async def lost(_: object, read_input: object, word_error: openai.WordError) -> dict[str, Any]:
-        return {"error": word_error(JobError("the GPU failed: send the job again")), "refresh_worker": True}
+def test_lost_device_is_a_server_error_and_replaces_the_worker(v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    async def lose(*_: object) -> None:
+        raise JobError("the GPU failed: send the job again", refresh_worker=True)
 
+    monkeypatch.setattr(v1_4_engine, "generate", lose)
     job = {"id": "1", "input": {"openai_route": openai.IMAGES, "openai_input": {"prompt": "a cat"}}}
-    assert asyncio.run(openai.answer(job, lost, "demo", False)) == {
+    assert asyncio.run(JobHandler(v1_4_engine, Settings()).handle(job)) == {
         "error": {
             "message": "the GPU failed: send the job again",
             "type": "server_error",

@@ -6,8 +6,6 @@ RunPod turns a call to an endpoint's ``/openai/v1/...`` into a job with the inpu
 
 import re
 import time
-from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any
 
 from src.api.messages import quoted
@@ -24,39 +22,22 @@ NOT_SUPPORTED = ("partial_images", "stream")
 WITHOUT_EFFECT = {"background", "complexity", "model", "moderation", "quality", "safety_identifier", "style", "user"}
 """OpenAI's fields that mean nothing here. There is only one model, whatever ``model`` says."""
 
-ReadInput = Callable[[object], tuple[object, bool, list[str]]]
-"""Takes a job's input; returns that of an ``ImageRequest``, whether its pictures may go to the bucket, and the faults
-of what is left out of it."""
-WordError = Callable[[JobError], Any]
-"""Returns the ``error`` of a failed job."""
-Answer = Callable[[dict[str, Any], ReadInput, WordError], Awaitable[dict[str, Any]]]
-"""Takes a job, how to read its input and how to word its error; returns the job's output or ``error``."""
-
-
-async def answer(job: dict[str, Any], answer_job: Answer, model_name: str, has_bucket: bool) -> dict[str, Any]:
-    """Answers a job that came through OpenAI's API in that API's shape, and any other with ``answer_job``."""
-    if not is_call(job):
-        return await answer_job(job, lambda job_input: (job_input, True, []), str)
-    if job["input"]["openai_route"] == MODELS:
-        return {"object": "list", "data": [{"id": model_name, "object": "model", "created": 0, "owned_by": "runpod"}]}
-    output = await answer_job(job, partial(read_input, has_bucket=has_bucket), word_error)
-    if "error" in output:
-        return output
-    return {
-        "created": int(time.time()),
-        "data": [_image(image) for image in output.get("images", [output])],
-        "output_format": output.get("output_format", "png"),
-        "size": f"{output['width']}x{output['height']}",
-    }
-
 
 def is_call(job: dict[str, Any]) -> bool:
     """Whether a job came through OpenAI's API."""
     return isinstance(job.get("input"), dict) and "openai_route" in job["input"]
 
 
+def list_models(model_name: str) -> dict[str, Any]:
+    """Returns the answer to a call of ``MODELS``."""
+    return {"object": "list", "data": [{"id": model_name, "object": "model", "created": 0, "owned_by": "runpod"}]}
+
+
 def read_input(call: Any, has_bucket: bool) -> tuple[object, bool, list[str]]:
-    """Converts the input of a job that came through OpenAI's API, as a ``ReadInput``.
+    """Converts the input of a call.
+
+    Returns:
+        The input of an ``ImageRequest``, whether its pictures may go to the bucket, and what is wrong with the rest.
 
     Raises:
         InvalidInput: if the route is not supported.
@@ -86,6 +67,16 @@ def read_input(call: Any, has_bucket: bool) -> tuple[object, bool, list[str]]:
     if match:
         fields |= {"width": int(match[1]), "height": int(match[2])}
     return fields, wanted != "b64_json", faults
+
+
+def shape_output(output: dict[str, Any]) -> dict[str, Any]:
+    """Puts a job's output into OpenAI's shape."""
+    return {
+        "created": int(time.time()),
+        "data": [_image(image) for image in output.get("images", [output])],
+        "output_format": output.get("output_format", "png"),
+        "size": f"{output['width']}x{output['height']}",
+    }
 
 
 def _image(image: dict[str, Any]) -> dict[str, Any]:
