@@ -4,36 +4,21 @@ import asyncio
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from src.api.limits import ModelLimits
 from src.api.messages import does_not_fit
-from src.api.picture import Picture
 from src.api.request import ImageRequest
 from src.errors import JobError
 from src.generation import cuda_errors
 from src.generation.pending import GenerationResult, PendingImage, PendingRequest, Progress
 from src.generation.stall_watch import StallWatch
 
-
-class Runner(Protocol):
-    """What the engine needs from a ``BatchRunner``, which documents each method."""
-
-    model_name: str
-    limits: ModelLimits
-
-    def run(
-        self, requests: Sequence[ImageRequest], seeds: Sequence[int], after_step: Callable[[float], None]
-    ) -> list[Picture | JobError]: ...
-
-    def release_memory(self) -> bool: ...
-
-    def prompt_warnings(self, request: ImageRequest) -> list[str]: ...
+if TYPE_CHECKING:
+    from src.generation.batch_runner import BatchRunner
 
 
 class _AllCancelled(Exception):
@@ -56,7 +41,7 @@ class Engine:
         stall_timeout: in seconds.
     """
 
-    def __init__(self, runner: Runner, max_batch_images: int, stall_timeout: float = 300.0) -> None:
+    def __init__(self, runner: "BatchRunner", max_batch_images: int, stall_timeout: float = 300.0) -> None:
         self._runner = runner
         self._max_batch_images = max_batch_images
         self._stall_timeout = stall_timeout
