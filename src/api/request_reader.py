@@ -5,7 +5,7 @@ import ctypes
 import re
 import threading
 from collections.abc import Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from urllib.parse import urlsplit
 
@@ -21,8 +21,8 @@ MAX_FILE_BYTES = 20_000_000
 _ADDRESS = re.compile(r"\s*https?://", re.IGNORECASE)
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 _PLACEHOLDER = Image.new("RGB", (1, 1))
-_reader = ThreadPoolExecutor(1, thread_name_prefix="request reader")
-"""One at a time, because a picture of the largest size takes 200 MB while it is read."""
+_one_at_a_time = threading.Lock()
+"""Held while pictures are decoded, because one of the largest size takes 200 MB meanwhile."""
 
 
 class _NotFetched(str):
@@ -45,17 +45,17 @@ async def read_request(job_input: object, limits: ModelLimits, faults: Collectio
     if not isinstance(job_input, dict) or not {"image", "mask"} & job_input.keys():
         return ImageRequest.parse(job_input, limits, faults)
 
-    async def parse(**files: object) -> ImageRequest:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(_reader, ImageRequest.parse, {**job_input, **files}, limits, faults)
+    def parse(**files: object) -> ImageRequest:
+        with _one_at_a_time:
+            return ImageRequest.parse({**job_input, **files}, limits, faults)
 
     addresses = {
         name: value.strip()
         for name in ("image", "mask")
         if isinstance(value := job_input.get(name), str) and _ADDRESS.match(value)
     }
-    request = await parse(**dict.fromkeys(addresses, _PLACEHOLDER))
-    return await parse(**await _fetch_all(addresses)) if addresses else request
+    request = await asyncio.to_thread(parse, **dict.fromkeys(addresses, _PLACEHOLDER))
+    return await asyncio.to_thread(parse, **await _fetch_all(addresses)) if addresses else request
 
 
 async def _fetch_all(addresses: dict[str, str]) -> Mapping[str, object]:
