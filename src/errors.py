@@ -1,5 +1,7 @@
 """The two kinds of errors that are written for people: for clients, and for the operator."""
 
+import textwrap
+
 MAX_QUOTED_CHARACTERS = 40
 """The maximum number of characters that an error quotes of a value."""
 
@@ -56,6 +58,11 @@ def shortened(value: object) -> str:
         return "a huge number"
     text = str(value)
     return _printable(text[:MAX_QUOTED_CHARACTERS]) + "..." * (len(text) > MAX_QUOTED_CHARACTERS)
+
+
+def condensed(text: object, most: int = 200) -> str:
+    """Formats what another program says on one line of at most ``most`` characters."""
+    return _printable(textwrap.shorten(str(text), most, placeholder="..."))
 
 
 def _printable(text: str) -> str:

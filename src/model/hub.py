@@ -1,6 +1,5 @@
 """A repository on the Hugging Face hub, and its copies on this machine."""
 
-import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from src.errors import StartError, one_line
+from src.errors import StartError, condensed, one_line
 from src.model.single_file import Shapes
 from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION
 
@@ -31,9 +30,6 @@ MEANINGS = {
 
 PASSING = (408, 425, 429)
 """Too slow, too early, too many: the only client errors that another try may not meet."""
-
-MAX_SENTENCE = 200
-"""In characters: the most that is quoted of the hub."""
 
 LICENCES = ["LICENSE*", "README.md"]
 """A copy of a model must keep them."""
@@ -130,5 +126,5 @@ def _refusal(error: HfHubHTTPError) -> StartError:
     meaning = MEANINGS.get(error.response.headers.get("X-Error-Code", ""), f"the hub answered {status}")
     # the header's sentence, or else the body's
     sentence = (error.server_message or "").partition("\n")[0]
-    quoted = f': "{textwrap.shorten(sentence, MAX_SENTENCE, placeholder="...")}"' if sentence else ""
+    quoted = f': "{condensed(sentence)}"' if sentence else ""
     return StartError(meaning + quoted, may_recover=status >= 500 or status in PASSING)

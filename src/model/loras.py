@@ -1,7 +1,6 @@
 """LoRAs: checked by their headers, and merged into a loaded pipeline."""
 
 import logging
-import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.errors import StartError, one_line
+from src.errors import StartError, condensed, one_line
 from src.model.single_file import Shapes, context_width, kind_of, read_shapes, version
 
 if TYPE_CHECKING:
@@ -33,11 +32,6 @@ WHY_UNREAD = {
     "`r` should be": "its rank is 0",
 }
 """What errors of diffusers, transformers and peft mean, by what they contain."""
-
-MAX_QUOTED = 200
-"""In characters: the most that is quoted of an error, which may list every layer."""
-MAX_LOGGED = 1000
-"""In characters: the most of it that is logged."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +89,8 @@ def merge(pipe: "StableDiffusionPipeline", lora: Lora) -> str:
             pipe.fuse_lora(lora_scale=lora.scale)
             pipe.unload_lora_weights()
     except Exception as error:
-        RunPodLogger().error(textwrap.shorten(f"{lora}: {error}", MAX_LOGGED, placeholder="..."))
-        quoted = textwrap.shorten(one_line(error), MAX_QUOTED, placeholder="...")
-        unread = f"it does not fit this model, or diffusers cannot read it: {quoted}"
+        RunPodLogger().error(condensed(f"{lora}: {error}", 1000))
+        unread = f"it does not fit this model, or diffusers cannot read it: {condensed(one_line(error))}"
         why = next((meaning for part, meaning in WHY_UNREAD.items() if part in str(error)), unread)
         raise StartError(f"LORA={lora.source}: {why}") from error
     if not placed:
