@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 import requests
 
@@ -31,6 +32,11 @@ from tests.support.processes import FAULTY
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+
+# how long an example takes depends on what else the machine does
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_collection() -> None:

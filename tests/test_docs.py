@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.docs import DEMO, ROOT, V1_4, files, input_schema, output_schema
@@ -56,7 +56,6 @@ def near_bounds(name: str) -> st.SearchStrategy[Any]:
     return FIELDS[name] | st.integers(field.get("minimum", 0) - 2, field["maximum"] + 2)
 
 
-@settings(deadline=None)
 @given(st.fixed_dictionaries({}, optional={name: near_bounds(name) | ANY_VALUE for name in FIELDS}))
 def test_input_schema_accepts_what_the_worker_accepts(job_input: dict[str, Any]):
     valid = jsonschema.Draft202012Validator(SCHEMA).is_valid(job_input)

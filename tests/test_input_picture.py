@@ -292,7 +292,7 @@ def test_fault_of_a_picture_is_told_with_all_others():
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(["PNG", "JPEG", "WEBP"]), st.data())
 def test_damaged_file_is_read_or_refused_in_words(name: str, data: st.DataObject):
     damaged = bytearray(file(CORNERS, name))
