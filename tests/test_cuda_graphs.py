@@ -145,6 +145,15 @@ def test_shape_that_does_not_fit_drops_the_other_graphs_and_is_not_tried_again(c
     assert captures.replayed == [8, 8, 24]
 
 
+def test_memory_is_released_only_if_there_were_graphs(captures: Captures, v1_4_pipe: StableDiffusionPipeline):
+    graphed = GraphedStep(echo, captures)
+    runner = BatchRunner(v1_4_pipe, "test", graphed)
+    assert not runner.release_memory()
+    run_batches(graphed, 8)
+    assert runner.release_memory()
+    assert not runner.release_memory()
+
+
 def test_integer_and_float_timesteps_share_a_graph(captures: Captures):
     graphed = GraphedStep(lambda sample, timestep, *_, **__: (timestep,), captures)
     for timestep in (torch.tensor(7), torch.tensor(7.0), torch.tensor(7.0, dtype=torch.float64)):
