@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from src.errors import StartError, one_line
 from src.model import repository
-from src.model.directory import ORIGIN
 from src.model.hub import LICENCES
+from src.model.repository import ORIGIN
 from src.settings import DEFAULT_MODEL_ID, Settings
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from src.errors import StartError
 from src.model import repository
 from src.model.checks import WEIGHTS
-from src.model.directory import ORIGIN
+from src.model.repository import ORIGIN
 from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION, Settings
 from tests.support import forks, hub
 from tests.support.layouts import edit, halve, weight_file

@@ -1,7 +1,8 @@
 """Checks whether the worker can run a model, from its small files and the names of the large ones."""
 
 import json
-from collections.abc import Collection, Set
+import os
+from collections.abc import Collection, Mapping, Set
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -46,6 +47,26 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise StartError(f"cannot read {name}: it holds no JSON object")
     return content
+
+
+def check_directory(path: Path, parts: Collection[str] = WEIGHTS.keys()) -> Mapping[str, str]:
+    """Runs ``check`` on a model's directory, and checks that this user may read it and that its weights are there."""
+    for name in ("", *REQUIRED, *OPTIONAL):
+        if (path / name).is_dir() and not os.access(path / name, os.R_OK | os.X_OK):
+            raise StartError(f"{name or 'it'} may not be read by this user")
+    snapshots = path if path.name == "snapshots" else path / "snapshots"
+    if example := next(snapshots.glob("*/model_index.json"), None):
+        raise StartError(f"a folder of a Hugging Face cache: name a commit in it, such as {example.parent}")
+    # links into a cache may be broken
+    files = {file.relative_to(path).as_posix() for file in (*path.glob("*"), *path.glob("*/*")) if file.is_file()}
+    weights = check(path, files, parts)
+    for file in weights.values():
+        if not os.access(path / file, os.R_OK):
+            raise StartError(f"{file} may not be read by this user")
+        with (path / file).open("rb") as opened:
+            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise StartError(f"{file} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
+    return weights
 
 
 def check(folder: Path, files: Set[str], parts: Collection[str]) -> dict[str, str]:
@@ -160,17 +181,6 @@ def _instead(component: str, files: Set[str]) -> str:
     else:
         advice = "pickled weights can run code, and are not read: save the model again with diffusers (save_pretrained)"
     return f" ({', '.join(there[:3])} is there; {advice})"
-
-
-def check_downloaded(folder: Path, file: str) -> None:
-    """Checks that a file is more than Git LFS's pointer to it.
-
-    Raises:
-        StartError: if it is not.
-    """
-    with (folder / file).open("rb") as opened:
-        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise StartError(f"{file} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
 
 
 def check_tokenizer(tokenizer: Any, text_encoder: Any) -> None:

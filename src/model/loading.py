@@ -77,7 +77,7 @@ def _load(repository: Repository, device: str, dtype: torch.dtype) -> StableDiff
         "scheduler": _load_scheduler(repository.path, index["scheduler"]),
     }
     if repository.single_file:
-        components |= _load_single_file(repository.single_file, repository.path, device, dtype)
+        components |= _load_single_file(repository.single_file.path, repository.path, device, dtype)
     for component, file in repository.weights.items():
         try:
             components[component], info = simple_get_class_obj(*index[component]).from_pretrained(
