@@ -23,6 +23,7 @@ from requests.adapters import HTTPAdapter, Retry
 SCHEMA = json.loads(Path(__file__).with_name("schema").joinpath("input.json").read_text(encoding="utf-8"))
 FIELDS = SCHEMA["properties"]
 PROGRESS = gr.Progress()
+LARGEST = 1536  # pixels each way: no model makes more, and RunPod refuses requests of more than 10 MB
 
 
 def control(name: str) -> Any:
@@ -43,6 +44,7 @@ def control(name: str) -> Any:
 
 
 def in_base64(picture: Any) -> str:
+    picture.thumbnail((LARGEST, LARGEST))
     file = io.BytesIO()
     picture.save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()

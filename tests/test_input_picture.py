@@ -140,6 +140,34 @@ def test_broken_metadata_is_ignored(broken: dict[str, bytes]):
         assert difference(read(in_base64(CORNERS, name, **broken)), CORNERS) <= 5
 
 
+def with_hole(color: str, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    mask = plain(color, size).convert("RGBA")
+    mask.paste((0, 0, 0, 0), (0, 0, 32, 32))
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("mask", "warnings"),
+    [
+        (Image.linear_gradient("L"), []),
+        (with_hole("black").convert("RGB"), ["mask: nowhere white, so nothing was painted anew"]),
+        (plain("#7f7f7f"), ["mask: nowhere white, so nothing was painted anew"]),
+        (plain("white", (100, 96)).convert("RGBA"), []),
+        (with_hole("black"), ["mask: its transparent parts count as white, and were painted anew"]),
+        (
+            with_hole("white", (96, 64)),
+            [
+                "mask: its transparent parts count as white, and were painted anew",
+                "mask: stretched, because its proportions are not those of image: 96 x 64 for 128 x 128",
+            ],
+        ),
+    ],
+)
+def test_mask_that_may_not_be_meant_gets_a_warning(mask: Image.Image, warnings: list[str]):
+    request = parse(in_base64(plain("red", (128, 128))), mask=in_base64(mask), width=256, height=64)
+    assert request.warnings == warnings
+
+
 def test_mask_is_black_and_white_and_of_the_pictures_size():
     request = parse(in_base64(plain("red", (200, 100))), mask=in_base64(Image.linear_gradient("L")))
     assert request.image and request.mask
@@ -261,6 +289,8 @@ def progressive_with_many_scans() -> bytes:
         pytest.param(lambda: file(CORNERS)[:-60], DAMAGED, id="a PNG cut off"),
         pytest.param(lambda: JPEG[:-200], DAMAGED, id="a JPEG cut off"),
         pytest.param(lambda: file(CORNERS, "WEBP")[:-20], DAMAGED, id="a WebP cut off"),
+        pytest.param(lambda: file(CORNERS, "WEBP")[:40], DAMAGED, id="a WebP's header"),
+        pytest.param(lambda: png(64, 64, b"\0\0\0\1tEXtk\0\0\0\0"), DAMAGED, id="a PNG with a wrong checksum"),
         pytest.param(lambda: png(4096, 4096), DAMAGED, id="a PNG without its rows"),
         pytest.param(lambda: file(CORNERS, "GIF"), OTHER, id="GIF"),
         pytest.param(lambda: file(CORNERS, "TIFF"), OTHER, id="TIFF"),
@@ -270,7 +300,7 @@ def progressive_with_many_scans() -> bytes:
         pytest.param(lambda: b"%PDF-1.7\n" + JPEG, OTHER, id="a PDF with a JPEG in it"),
         pytest.param(lambda: file(CORNERS, "GIF") + file(CORNERS), OTHER, id="a GIF with a PNG behind it"),
         pytest.param(lambda: b"a secret letter", OTHER, id="text"),
-        pytest.param(lambda: b"", OTHER, id="nothing"),
+        pytest.param(lambda: b"", "is empty", id="nothing"),
     ],
 )
 def test_hostile_file_is_refused_in_words(make: Callable[[], bytes], said: str):

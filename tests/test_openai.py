@@ -117,7 +117,7 @@ def test_picture_to_start_from_goes_beside_openais_fields(images: OpenAI):
 
 
 def test_route_for_edits_names_the_one_that_takes_pictures(images: OpenAI):
-    refused = "/v1/images/edits is not supported: send image and mask in base64 to /v1/images/generations"
+    refused = "/v1/images/edits is not supported: send image, and mask, white where it changes, in base64 to "
     with pytest.raises(BadRequestError, match=refused):
         images.post("/images/edits", body={"prompt": "the sea", "image": "..."}, cast_to=object)
 

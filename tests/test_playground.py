@@ -142,6 +142,14 @@ def test_picture_is_sent_without_a_mask_if_nothing_is_painted(visitor: Visitor, 
     assert (job.output["width"], job.output["height"]) == (128, 64)
 
 
+def test_photo_of_a_phone_fits_into_a_request(visitor: Visitor, platform: Platform, tmp_path: Path):
+    photo = Image.effect_noise((4032, 3024), 100).convert("RGB")
+    visitor.generate(**edited(tmp_path, photo, Image.new("RGBA", photo.size)))
+    job = last_job(platform)
+    assert decoded(job.input["image"]).size == (1536, 1152)
+    assert len(job.input["image"]) < 10**7
+
+
 def test_mask_is_white_where_it_is_painted(visitor: Visitor, platform: Platform, tmp_path: Path):
     picture, layer = plain("green", (128, 128)), Image.new("RGBA", (128, 128))
     layer.paste("white", (32, 64, 96, 128))

@@ -37,7 +37,7 @@ from tests.support.pictures import file, in_base64, plain
 
 LIMITS = ModelLimits(native_size=512, max_size=1024, scheduler="PNDM")
 RED, WHITE = file(plain("red")), file(plain("white"))
-NO_PUBLIC_HOST = "could not be fetched, its address leads to no public host"
+NO_PUBLIC_HOST = "could not be fetched, its address leads to no public host, or through too many redirects"
 
 
 def read(**job_input: object) -> ImageRequest:
@@ -157,6 +157,8 @@ def test_nothing_is_fetched_for_a_request_that_is_invalid_without_it(host: Host)
 def test_faults_of_both_addresses_are_reported(host: Host):
     said = "could not be fetched, its host answered 404"
     assert refusal(image=f"{host.url}/missing", mask=f"{host.url}/missing") == f"image: {said}; mask: {said}"
+    no_picture = "must be a PNG, JPEG or WebP file"
+    assert refusal(image=f"{host.url}/missing", mask=f"{host.url}/page") == f"image: {said}; mask: {no_picture}"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Annotated
 
 # Pillow knows a format once its plugin is imported
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
+from PIL import Image, ImageChops, ImageOps, PngImagePlugin, WebPImagePlugin  # noqa: F401
 from PIL.JpegImagePlugin import JpegImageFile
 from pydantic import BeforeValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError, PydanticKnownError
@@ -16,12 +16,15 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 from src.api.limits import MIN_SIZE
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+_SIGNATURE = re.compile(rb"\x89PNG|\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
+"""What a file of one of these begins with."""
 MAX_SIDE = 4096
 """Width and height in pixels. Such a picture takes 64 MiB, and three times that while it is converted."""
 MAX_READS = 100_000
 """A PNG of the largest size has some 10,000 chunks; over a million empty ones Pillow takes seconds."""
 MAX_SCANS = 40
 """Of a progressive JPEG, which usually has ten. Each takes 25 ms at the largest size, and 33 bytes of the file."""
+TRANSPARENT = "transparent"
 
 _DATA_URL = re.compile(r"\s*data:[^,]*;base64,", re.IGNORECASE)
 _OTHER_SPELLINGS = {"%2B": "+", "%2b": "+", "%2F": "/", "%2f": "/", "%3D": "=", "%3d": "=", "-": "+", "_": "/"}
@@ -77,12 +80,17 @@ def decode(file: bytes) -> Image.Image:
     """Decodes a PNG, JPEG or WebP file, of an animation the first frame.
 
     Returns:
-        An upright RGB picture of at most ``MAX_SIDE`` pixels each way, white where the file's is transparent.
+        An upright RGB picture of at most ``MAX_SIDE`` pixels each way, white where the file's is transparent; its
+        ``info`` says under ``TRANSPARENT`` whether that is anywhere.
 
     Raises:
         PydanticCustomError: if the file is damaged, too large or of another format.
     """
     too_large = _unusable(f"must have at most {MAX_SIDE} x {MAX_SIDE} pixels")
+    if not file:
+        raise _unusable("is empty")
+    if not _SIGNATURE.match(file):
+        raise _unusable("must be a PNG, JPEG or WebP file")
     try:
         # reads the header only
         picture = Image.open(_File(file), formats=FORMATS)
@@ -102,8 +110,6 @@ def decode(file: bytes) -> Image.Image:
         return _on_white(picture)
     except PydanticCustomError:
         raise
-    except UnidentifiedImageError:
-        raise _unusable("must be a PNG, JPEG or WebP file") from None
     except Image.DecompressionBombError:
         raise too_large from None
     except Exception:
@@ -119,6 +125,7 @@ def _on_white(picture: Image.Image) -> Image.Image:
         return picture.convert("RGB")
     picture = picture.convert("RGBA")
     white = Image.new("RGB", picture.size, "white")
+    white.info[TRANSPARENT] = bool(ImageChops.invert(picture.getchannel("A")).getbbox())
     # alpha_composite would hold the GIL for half a second
     white.paste(picture, mask=picture)
     return white
@@ -158,3 +165,22 @@ def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 def resized_mask(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Returns the mask that diffusers makes of ``picture``, in mode L: 255 where it is light, 0 elsewhere."""
     return resized(picture.convert("L"), size).point(lambda value: 255 * (value >= 128))
+
+
+def mask_warnings(mask: Image.Image, used: Image.Image, image: Image.Image) -> list[str]:
+    """Warns about what a client may not have meant.
+
+    Args:
+        mask: as it was sent.
+        used: what ``resized_mask`` made of it.
+        image: the picture, as it was sent.
+    """
+    warnings = []
+    if mask.info.get(TRANSPARENT):
+        warnings.append("mask: its transparent parts count as white, and were painted anew")
+    if not 0.95 < (mask.width * image.height) / (mask.height * image.width) < 1.05:
+        sizes = f"{mask.width} x {mask.height} for {image.width} x {image.height}"
+        warnings.append(f"mask: stretched, because its proportions are not those of image: {sizes}")
+    if not used.getbbox():
+        warnings.append("mask: nowhere white, so nothing was painted anew")
+    return warnings

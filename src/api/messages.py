@@ -29,8 +29,8 @@ OTHER_NAMES = {
     "scheduler": "sample_method sampler sampler_index sampler_name sampler_type sampling_method scheduler_class "
     "scheduler_name scheduler_type",
     "image": "base_image image_b64 image_base64 image_url image_urls images init_image init_image_url init_images "
-    "init_img input_image input_image_url input_images source_image starting_image",
-    "mask": "inpaint_mask mask_base64 mask_image mask_image_url mask_url",
+    "init_img input_image input_image_url input_images reference_image source_image starting_image",
+    "mask": "inpaint_mask inpainting_mask mask_base64 mask_image mask_image_url mask_url",
     "strength": "denoise denoising_strength image_strength img2img_strength init_strength prompt_strength",
 }
 """What web UIs, other workers and APIs call our fields, where that is too different for fuzzy matching."""

@@ -43,7 +43,8 @@ def read_input(call: Any, has_bucket: bool) -> tuple[object, bool, list[str]]:
         InvalidInput: if the route is not supported.
     """
     if call["openai_route"] == EDITS:
-        raise InvalidInput(f"{EDITS} is not supported: send image and mask in base64 to {IMAGES}")
+        instead = f"send image, and mask, white where it changes, in base64 to {IMAGES}"
+        raise InvalidInput(f"{EDITS} is not supported: {instead}")
     if call["openai_route"] != IMAGES:
         raise InvalidInput(f"no such route; the routes are {IMAGES} and {MODELS}")
     body = call.get("openai_input")

@@ -85,7 +85,7 @@ def job_output(
     Args:
         request: the job's request.
         pictures: the generated pictures, in the order of the seeds.
-        warnings: for the client, apart from those about pictures and masks.
+        warnings: for the client, apart from those about the mask and about blanked pictures.
         model_name: the name that clients see.
         max_result_bytes: the largest result that the platform accepts, in bytes.
         links: where each picture is stored; without links, the output holds the pictures.
@@ -103,7 +103,7 @@ def job_output(
     shared = request.model_dump(include=set(SHARED_FIELDS), exclude_none=True) | {"model": model_name}
     if request.output_format != "png":
         shared["output_format"] = request.output_format
-    if warnings := warnings + _mask_warnings(request) + _safety_warnings(pictures):
+    if warnings := warnings + request.warnings + _safety_warnings(pictures):
         shared["warnings"] = warnings
     output = {**images[0], **shared} if len(images) == 1 else {"images": images, **shared}
     size = len(json.dumps({"output": output}))
@@ -114,11 +114,6 @@ def job_output(
             f"ask for fewer or smaller images, for {way_out}, or have a bucket set up for the endpoint"
         )
     return output
-
-
-def _mask_warnings(request: ImageRequest) -> list[str]:
-    is_black = request.mask and not request.mask.getbbox()
-    return ["mask: nowhere white, so nothing was painted anew"] if is_black else []
 
 
 def _safety_warnings(pictures: list[Picture]) -> list[str]:

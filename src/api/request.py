@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     StrictFloat,
     StrictInt,
     StrictStr,
@@ -23,7 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from src.api.cross_checks import faults_across, num_steps_done
-from src.api.input_picture import InputPicture, fitted_size, resized, resized_mask
+from src.api.input_picture import InputPicture, fitted_size, mask_warnings, resized, resized_mask
 from src.api.limits import (
     INVISIBLE,
     MAX_GUIDANCE,
@@ -107,7 +108,8 @@ class ImageRequest(BaseModel):
     scheduler: str = Field(description="Sampler; by default the model's own. `LCM` does at most 50 steps")
     image: Annotated[InputPicture, PerImage] = Field(
         None,
-        description="A picture to start from: a PNG, JPEG or WebP file in base64, or its address; up to 4,096 x 4,096",
+        description="A picture to start from: a PNG, JPEG or WebP file in base64, as a `data:` URL, or its address; "
+        "up to 4,096 x 4,096",
     )
     mask: Annotated[InputPicture, PerImage] = Field(
         None, description="A picture that is white where `image` is to be painted anew, and black where it stays"
@@ -115,6 +117,8 @@ class ImageRequest(BaseModel):
     strength: Strength | None = Field(
         None, description="How much of `image` is changed; by default 0.8, and 1 with `mask`"
     )
+
+    _warnings: list[str] = PrivateAttr(default_factory=list)
 
     @classmethod
     def parse(cls, job_input: object, limits: ModelLimits, known_faults: Collection[str] = ()) -> Self:
@@ -151,8 +155,17 @@ class ImageRequest(BaseModel):
         if not self.image:
             return self
         width, height = size = fitted_size(self.image.size, max_size, asked)
-        pictures = {"image": resized(self.image, size), "mask": self.mask and resized_mask(self.mask, size)}
-        return self.model_copy(update={"width": width, "height": height} | pictures)
+        mask = self.mask and resized_mask(self.mask, size)
+        pictures = {"image": resized(self.image, size), "mask": mask}
+        fitted = self.model_copy(update={"width": width, "height": height} | pictures)
+        if self.mask and mask:
+            fitted._warnings += mask_warnings(self.mask, mask, self.image)
+        return fitted
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the client may not have meant."""
+        return self._warnings
 
     @classmethod
     def shared_fields(cls) -> list[str]:

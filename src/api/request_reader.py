@@ -4,7 +4,7 @@ import asyncio
 import ctypes
 import re
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from concurrent.futures import Future
 from contextlib import suppress
 from urllib.parse import urlsplit
@@ -13,7 +13,6 @@ from PIL import Image
 
 from src.api.limits import ModelLimits
 from src.api.request import ImageRequest
-from src.errors import InvalidInput
 
 FETCH_SECONDS = 10.0
 MAX_FILE_BYTES = 20_000_000
@@ -45,7 +44,7 @@ async def read_request(job_input: object, limits: ModelLimits, faults: Collectio
     if not isinstance(job_input, dict) or not {"image", "mask"} & job_input.keys():
         return ImageRequest.parse(job_input, limits, faults)
 
-    def parse(**files: object) -> ImageRequest:
+    def parse(files: dict[str, object], faults: Collection[str]) -> ImageRequest:
         with _one_at_a_time:
             return ImageRequest.parse({**job_input, **files}, limits, faults)
 
@@ -54,16 +53,14 @@ async def read_request(job_input: object, limits: ModelLimits, faults: Collectio
         for name in ("image", "mask")
         if isinstance(value := job_input.get(name), str) and _ADDRESS.match(value)
     }
-    request = await asyncio.to_thread(parse, **dict.fromkeys(addresses, _PLACEHOLDER))
-    return await asyncio.to_thread(parse, **await _fetch_all(addresses)) if addresses else request
-
-
-async def _fetch_all(addresses: dict[str, str]) -> Mapping[str, object]:
-    """Returns the file at each address, by its field."""
+    placeholders: dict[str, object] = dict.fromkeys(addresses, _PLACEHOLDER)
+    request = await asyncio.to_thread(parse, placeholders, faults)
+    if not addresses:
+        return request
     files = dict(zip(addresses, await asyncio.gather(*map(_fetch, addresses.values())), strict=True))
-    if faults := [f"{name}: {file}" for name, file in files.items() if isinstance(file, _NotFetched)]:
-        raise InvalidInput(*faults)
-    return files
+    not_fetched = [f"{name}: {why}" for name, why in files.items() if isinstance(why, _NotFetched)]
+    fetched = {name: file for name, file in files.items() if isinstance(file, bytes)}
+    return await asyncio.to_thread(parse, placeholders | fetched, not_fetched)
 
 
 async def _fetch(address: str) -> bytes | _NotFetched:
@@ -129,7 +126,7 @@ def _get(address: str) -> bytes | _NotFetched:
         return _NotFetched("is not an address")
     except rp_ssrf.SSRFError:
         # the same for a name that does not exist, so that nobody learns which names the endpoint's network has
-        return _NotFetched("could not be fetched, its address leads to no public host")
+        return _NotFetched("could not be fetched, its address leads to no public host, or through too many redirects")
     except requests.exceptions.SSLError:
         return _NotFetched("could not be fetched, its host has no valid certificate")
     except Exception:
