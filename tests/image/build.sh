@@ -17,7 +17,8 @@ export BUILDAH_ISOLATION=chroot TRANSFORMERS_VERBOSITY=error
 work=$(mktemp -d)
 container=
 tidy() {
-    jobs -p | xargs -r kill
+    # one that did not start is no longer there
+    jobs -p | xargs -r kill || true
     if [ -n "$container" ]; then buildah rm "$container" >/dev/null; fi
     rm -rf "$work"
 }
