@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds the committed Dockerfile, unchanged, with PyTorch from a stand-in for its index and a small model from a stand-in
 # for the hub; searches every layer, prints what the image holds, and generates a picture with the worker from the image,
-# without a network. Then the same without a model in the image, from RunPod's cache. Run it as root before a release:
+# without a network. Then the same without a model in the image, from RunPod's cache and with a LoRA. Run it as root before
+# a release:
 #
 #   tests/image/build.sh [options of buildah build]
 #
@@ -99,19 +100,33 @@ grep -q "ready: " "$work/log" || fail "the log has no ready line"
 say "a picture through the platform, without a network"
 unshare --net sh -c 'ip link set lo up && exec "$@"' sh "$python" -m tests.image.generate "$container"
 
-say "a picture without a model in the image, from RunPod's cache"
+say "a picture without a model in the image, from RunPod's cache, with a LoRA"
 build --tag worker-test-bare --build-arg MODEL_ID= "$@"
 buildah rm "$container" >/dev/null
 snapshot=$work/cache/models--someone--tiny/snapshots/0123456789abcdef0123456789abcdef01234567
 mkdir -p "$snapshot"
-"$python" -c 'import pathlib, sys; from tests.support.v1_4 import make_repository; make_repository(pathlib.Path(sys.argv[1]))' \
-    "$snapshot"
+"$python" - "$snapshot" "$work/cache/style.safetensors" <<'END'
+import sys
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+
+from tests.support.single_files import kohya, layers_of
+from tests.support.v1_4 import make_repository
+
+snapshot, lora = map(Path, sys.argv[1:])
+pipe = StableDiffusionPipeline.from_pretrained(make_repository(snapshot))
+save_file(kohya(*layers_of(pipe, lambda layer: "attentions" in layer[0])), lora)
+END
 # the library lets only their owner read the weights
 chmod -R a+rX "$work/cache"
-container=$(buildah from --pull=never --volume "$work/cache:/runpod-volume/huggingface-cache/hub:ro" worker-test-bare)
+hub=/runpod-volume/huggingface-cache/hub
+container=$(buildah from --pull=never --volume "$work/cache:$hub:ro" worker-test-bare)
 run test ! -e /model || fail "it has a model"
-start() { unshare --net buildah run --env "MODEL_ID=$1" "$container" -- sh -c 'python handler.py && test -s picture.png'; }
-start someone/tiny >"$work/log" || fail "no picture: $(cat "$work/log")"
+start() { unshare --net buildah run --env "$1" --env "$2" "$container" -- sh -c 'python handler.py && test -s picture.png'; }
+start MODEL_ID=someone/tiny "LORA=$hub/style.safetensors:0.7" >"$work/log" || fail "no picture: $(cat "$work/log")"
 grep "model: someone/tiny at 0123456789ab, RunPod's cached models" "$work/log" || fail "the log does not name RunPod's cache: $(cat "$work/log")"
-if start someone/other >"$work/log"; then fail "it starts without a model"; fi
+grep "LoRA style:0.7: .* merged" "$work/log" || fail "the log does not name the LoRA: $(cat "$work/log")"
+if start MODEL_ID=someone/other LORA= >"$work/log"; then fail "it starts without a model"; fi
 grep "choose it as the endpoint's Model" "$work/log" || fail "the log does not suggest the endpoint's Model: $(cat "$work/log")"
