@@ -32,8 +32,8 @@ ARG BASE_MODEL=CompVis/stable-diffusion-v1-4
 ARG HF_ENDPOINT=https://huggingface.co
 COPY builder/__init__.py builder/fetch_model.py builder/
 COPY src/__init__.py src/errors.py src/setting_types.py src/settings.py src/
-COPY src/model/__init__.py src/model/checks.py src/model/cuda_driver.py src/model/directory.py src/model/hub.py \
-    src/model/loading.py src/model/loras.py src/model/places.py src/model/repository.py src/model/single_file.py src/model/
+COPY src/model/__init__.py src/model/checks.py src/model/cuda_driver.py src/model/hub.py src/model/loading.py \
+    src/model/loras.py src/model/places.py src/model/repository.py src/model/single_file.py src/model/
 RUN --mount=type=cache,target=/tmp/huggingface --mount=type=secret,id=hf_token \
     [ -z "$MODEL_ID" ] \
     || HF_HOME=/tmp/huggingface HF_TOKEN_PATH=/run/secrets/hf_token PYTHONDONTWRITEBYTECODE=1 \
