@@ -26,9 +26,10 @@ import requests
 from src.generation.engine import Engine
 from src.settings import Settings
 from src.startup.import_libraries import import_libraries
+from tests.support import faulty_worker
 from tests.support.client import Client, until
-from tests.support.platform_stub import HANDLER, Platform, serving
-from tests.support.processes import FAULTY
+from tests.support.forks import Fork, call_handler
+from tests.support.platform_stub import Platform, serving
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -136,7 +137,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
 def platform() -> Iterator[Platform]:
     """A stand-in for RunPod with one worker."""
     with serving(key="rpa_secret") as platform:
-        platform.start_worker(FAULTY, MAX_CONCURRENCY="4", MAX_RESULT_BYTES="300000")
+        platform.start_worker(faulty_worker.main, MAX_CONCURRENCY="4", MAX_RESULT_BYTES="300000")
         yield platform
 
 
@@ -168,9 +169,9 @@ def local_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, HANDLER, "--rp_serve_api", "--rp_api_port", str(port), "--rp_api_host", "127.0.0.1"]
+    arguments = ["--rp_serve_api", "--rp_api_port", str(port), "--rp_api_host", "127.0.0.1"]
     folder = tmp_path_factory.mktemp("server")
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Fork(call_handler, *arguments, cwd=folder, env=dict(os.environ))
     address = f"http://127.0.0.1:{port}"
 
     def answers() -> bool:

@@ -24,11 +24,11 @@ from src.generation.engine import Engine
 from src.generation.pending import Progress
 from src.schedulers import SCHEDULERS
 from tests.bench import cold_start
-from tests.support import engines, internals
+from tests.support import engines, faulty_worker, internals
 from tests.support.client import Client
 from tests.support.engines import generate, pipe_of, request_for
 from tests.support.platform_stub import serving
-from tests.support.processes import FAULTY, python
+from tests.support.processes import python
 
 pytestmark = pytest.mark.gpu
 
@@ -156,7 +156,7 @@ def test_hanging_device_is_noticed(pipe: StableDiffusionPipeline):
 def test_worker_with_a_poisoned_device_is_replaced(model: Path):
     with serving() as platform:
         client = Client(platform)
-        first = platform.start_worker(FAULTY, MODEL_ID=str(model))
+        first = platform.start_worker(faulty_worker.main, MODEL_ID=str(model))
         poison = client.finished(client.run("device-side assert"))
         assert poison["error"] == "the GPU failed and this worker is being replaced: send the job again"
         assert platform.workers[first].process.wait(60) == 1

@@ -14,15 +14,16 @@ import numpy as np
 import psutil
 import pytest
 
+import handler
 from tests.bench.load import load
+from tests.support import faulty_worker
 from tests.support.client import Client, results, until
 from tests.support.platform_stub import HANDLER, Fault, Platform, serving
-from tests.support.processes import FAULTY
 
 pytestmark = pytest.mark.process
 
 SLOW = {"prompt": "slow", "num_inference_steps": 150, "width": 64, "height": 64, "guidance_scale": 0}
-"""A job of over 15 s, for ``FAULTY`` workers; see there."""
+"""A job of over 15 s, for workers of ``support/faulty_worker.py``."""
 THREE_SECONDS = SLOW | {"num_inference_steps": 30}
 
 
@@ -71,7 +72,7 @@ def test_cancelled_job_frees_the_device(platform: Platform, client: Client):
 def test_worker_retries_its_result_after_sigterm():
     with serving() as platform:
         client = Client(platform)
-        worker = platform.workers[platform.start_worker()].process
+        worker = platform.workers[platform.start_worker(handler.main)].process
         job = client.run()
         platform.faults.append(fault := Fault("job-done", times=10**6, body='"image"', status=503))
         until(lambda: fault.times < 10**6 - 4)
@@ -87,7 +88,7 @@ def test_worker_retries_its_result_after_sigterm():
 
 def test_worker_that_shuts_down_keeps_its_jobs_after_a_second_sigterm_but_not_after_ctrl_c():
     with serving() as platform:
-        worker = platform.workers[platform.start_worker()].process
+        worker = platform.workers[platform.start_worker(handler.main)].process
         platform.faults.append(fault := Fault("job-done", times=10**6, body='"image"', status=503))
         Client(platform).run()
         until(lambda: fault.times < 10**6)
@@ -103,7 +104,7 @@ def test_worker_survives_an_outage_of_the_platform_and_ends_at_once_when_idle(tm
         port = int(platform.url.rsplit(":", 1)[1])
     log = tmp_path / "log"
     with log.open("wb") as file:
-        worker = platform.workers[platform.start_worker(log=file)].process
+        worker = platform.workers[platform.start_worker(handler.main, log=file)].process
     try:
         until(lambda: b"cannot take jobs" in log.read_bytes())
         before, seconds = psutil.Process(worker.pid).cpu_times(), 5
@@ -154,7 +155,7 @@ def test_failure_has_a_clear_error_and_affects_no_other_job(platform: Platform, 
 def test_worker_with_a_poisoned_device_is_replaced():
     with serving() as platform:
         client = Client(platform)
-        first = platform.start_worker(FAULTY, MAX_CONCURRENCY="3")
+        first = platform.start_worker(faulty_worker.main, MAX_CONCURRENCY="3")
         before = client.run(**THREE_SECONDS)
         client.until(before, "IN_PROGRESS")
         poison, behind = client.run("poison"), client.run("the sea")
@@ -175,7 +176,7 @@ def test_worker_with_a_poisoned_device_is_replaced():
 def test_worker_with_a_hanging_device_asks_to_be_replaced():
     with serving() as platform:
         client = Client(platform)
-        first = platform.start_worker(FAULTY, MAX_CONCURRENCY="2", STALL_TIMEOUT="3")
+        first = platform.start_worker(faulty_worker.main, MAX_CONCURRENCY="2", STALL_TIMEOUT="3")
         hung = client.run("hang", num_inference_steps=50)
         client.until(hung, "IN_PROGRESS")
         behind = client.run("the sea", width=256)
@@ -197,7 +198,7 @@ def test_blocked_log_output_delays_no_job():
         client = Client(platform)
         with os.fdopen(write, "wb") as log:
             # at this level, the SDK logs all outputs
-            worker = platform.workers[platform.start_worker(log=log, RUNPOD_LOG_LEVEL="DEBUG")]
+            worker = platform.workers[platform.start_worker(handler.main, log=log, RUNPOD_LOG_LEVEL="DEBUG")]
         bad = [client.run(width=99) for _ in range(250)]
         assert {client.finished(job)["status"] for job in bad} == {"FAILED"}
         assert client.generate()["status"] == "COMPLETED"
@@ -217,7 +218,7 @@ def test_blocked_log_output_delays_no_job():
 def test_worker_that_can_start_no_further_thread_answers_jobs():
     with serving() as platform:
         client = Client(platform)
-        platform.start_worker(FAULTY, MAX_CONCURRENCY="4")
+        platform.start_worker(faulty_worker.main, MAX_CONCURRENCY="4")
         assert client.generate("no more threads")["status"] == "COMPLETED"
         jobs = [client.run(width=width) for width in (64, 64, 128, 136)]
         assert [client.finished(job)["status"] for job in jobs] == ["COMPLETED"] * 4
@@ -261,7 +262,7 @@ def test_heartbeat_names_the_jobs_that_the_worker_holds(platform: Platform, clie
 
 def test_worker_ends_at_once_on_sigterm_right_after_its_start(tmp_path: Path):
     with serving() as platform, (tmp_path / "log").open("wb") as log:
-        worker = platform.workers[platform.start_worker(log=log)].process
+        worker = platform.workers[platform.start_worker(handler.main, log=log)].process
         until(lambda: b"ready: " in (tmp_path / "log").read_bytes())
         worker.terminate()
         assert worker.wait(10) in (0, -signal.SIGTERM)
@@ -271,7 +272,7 @@ def test_worker_ends_at_once_on_sigterm_right_after_its_start(tmp_path: Path):
 def test_worker_finishes_its_jobs_and_takes_no_more_after_sigterm():
     with serving(poll_seconds=30) as platform:
         client = Client(platform)
-        worker = platform.workers[platform.start_worker(FAULTY)].process
+        worker = platform.workers[platform.start_worker(faulty_worker.main)].process
         held = [client.run(**SLOW | {"num_inference_steps": 20}) for _ in range(2)]
         for job in held:
             client.until(job, "IN_PROGRESS")

@@ -6,16 +6,17 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import requests
 
 from handler import NO_PICTURE
-from tests.support import forks
+from tests.support import faulty_worker, forks
 from tests.support.client import Client, until
 from tests.support.platform_stub import HANDLER, serving
-from tests.support.processes import FAULTY, ROOT
+from tests.support.processes import ROOT
 
 pytestmark = pytest.mark.process
 
@@ -36,7 +37,7 @@ def test_jobs_are_answered_with_the_start_error_when_no_restart_can_help(
 ):
     with serving() as platform, (tmp_path / "log").open("wb") as log:
         # two arguments that the SDK would read otherwise
-        command = [sys.executable, str(HANDLER), "--rp_log_level", "fatal", "--rp_debugger"]
+        command = partial(forks.call_handler, "--rp_log_level", "fatal", "--rp_debugger")
         worker = platform.workers[platform.start_worker(command, log=log, **settings)].process
         client = Client(platform)
         for _ in "ab":
@@ -66,7 +67,7 @@ def test_worker_takes_no_job_and_reports_why_when_another_host_may_help(
 ):
     with serving() as platform, (tmp_path / "log").open("wb") as log:
         job = Client(platform).run()
-        worker = platform.workers[platform.start_worker(FAULTY, log=log, **settings)]
+        worker = platform.workers[platform.start_worker(faulty_worker.main, log=log, **settings)]
         assert worker.process.wait(60) == 1
         assert [ping["status"] for ping in worker.pings] == ["unhealthy"]
         assert worker.pings[0]["reason"].startswith(why)
@@ -87,18 +88,18 @@ def test_worker_needs_no_shared_memory():
         until(lambda: worker.pings)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_process_1_of_a_container_ends_at_once_on_a_signal_during_start(tmp_path: Path, number: signal.Signals):
+def test_process_1_of_a_container_ends_at_once_on_sigterm_during_start():
     if os.geteuid() or not shutil.which("unshare"):
         pytest.skip("needs root, for a namespace in which the worker is process 1")
     environment = os.environ | {"ALWAYS_HANG": "1", "MODEL_ID": "demo"}
-    command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, *FAULTY[1:], "--check"]
+    worker = [sys.executable, "-m", "tests.support.faulty_worker", "--check"]
+    command = ["unshare", "--pid", "--fork", "--kill-child", *worker]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) as unshare:
         try:
             # its first picture hangs
             until(lambda: b"weights: " in unshare.stdout.readline(), 60)
             (worker,) = (Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children")).read_text().split()
-            os.kill(int(worker), number)
+            os.kill(int(worker), signal.SIGTERM)
             unshare.wait(10)
         finally:
             unshare.kill()

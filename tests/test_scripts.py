@@ -5,15 +5,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
 
 from tests.support.client import until
-from tests.support.examples import EXAMPLES, ending_its_job, environment, run
+from tests.support.examples import EXAMPLES, ending_its_job, environment, run, start
+from tests.support.forks import text_of
 from tests.support.pictures import file, plain
 from tests.support.platform_stub import Fault, Platform, serving
 
@@ -140,15 +141,12 @@ def interrupt(script: Script, platform: Platform, folder: Path, fault: Fault) ->
     """Presses Ctrl-C in a terminal whose script has met ``fault``. Returns what the script says then."""
     times = fault.times
     platform.faults.append(fault)
-    env = os.environ | environment(platform)
-    process = subprocess.Popen(
-        [*script, "the sea"], cwd=folder, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    until(lambda: fault.times < times)
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    return said
+    with TemporaryFile() as said:
+        process = start([*script, "the sea"], folder, environment(platform), stderr=said)
+        until(lambda: fault.times < times)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130
+        return text_of(said)
 
 
 @pytest.mark.parametrize(

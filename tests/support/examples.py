@@ -3,11 +3,14 @@
 import asyncio
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from tests.support import forks
+from tests.support.forks import Fork, Process, run_script
 from tests.support.platform_stub import Platform, serving
 from tests.support.processes import ROOT
 
@@ -21,10 +24,17 @@ def environment(platform: Platform, **more: str) -> dict[str, str]:
     return {"ENDPOINT_URL": f"{platform.url}/v2/local", "RUNPOD_API_KEY": platform.key, "PATH": SHORT_PAUSES} | more
 
 
-def run(command: list[object], folder: Path, **set_by_user: str) -> subprocess.CompletedProcess[str]:
-    """Runs ``command`` in ``folder`` with the variables that a user sets."""
+def start(command: list[object], folder: Path, set_by_user: dict[str, str], **outputs: IO[bytes]) -> Process:
+    """Starts ``command`` in a session of its own, with the variables that a user sets; a Python script, in a fork."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("ENDPOINT_", "RUNPOD_"))}
-    return subprocess.run(command, cwd=folder, env=env | set_by_user, text=True, capture_output=True, timeout=120)
+    settings: dict[str, Any] = outputs | {"cwd": folder, "env": env | set_by_user}
+    if command[0] == sys.executable:
+        return Fork(run_script, *map(str, command[1:]), **settings)
+    return subprocess.Popen(command, start_new_session=True, **settings)
+
+
+def run(command: list[object], folder: Path, **set_by_user: str) -> subprocess.CompletedProcess[str]:
+    return forks.run(start, command, folder, set_by_user)
 
 
 @contextmanager

@@ -1,19 +1,24 @@
 """Programs in forks of a process that has imported the libraries, for tests in which the imports are not the point.
 
 A fork starts in 0.1 s. Environment variables that libraries read at import have no effect in it, but for those of
-huggingface_hub, which are read again.
+huggingface_hub and RunPod's SDK, which are read again.
 """
 
 import importlib
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import huggingface_hub
 
@@ -25,64 +30,127 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.support.preloaded"])
 
 
+class Fork:
+    """``main(*arguments)`` in a fork, with what tests use of a ``subprocess.Popen``, in a session of its own."""
+
+    _turns = threading.Lock()
+    """Two threads must not read the same exit status."""
+
+    def __init__(
+        self,
+        main: Callable[..., object],
+        *arguments: str,
+        env: dict[str, str],
+        cwd: Path = ROOT,
+        stdout: IO[bytes] | None = None,
+        stderr: IO[bytes] | None = None,
+    ) -> None:
+        # a connection's file descriptor is handed over when it is pickled
+        outputs = [
+            Connection(os.dup(file.fileno() if file else 1), readable=False) for file in (stdout, stderr or stdout)
+        ]
+        self._process = CONTEXT.Process(target=_enter, args=(outputs, cwd, env, main, arguments))
+        with self._turns:
+            self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        with self._turns:
+            return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a fork", timeout)
+            time.sleep(0.02)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+Process = Fork | subprocess.Popen[bytes]
+
+
 def python(code: str, **environment: str) -> str:
     """Runs ``code`` and returns what it prints."""
-    ran = _run(ROOT, os.environ | environment, _execute, code)
+    ran = run(Fork, _execute, code, env=os.environ | environment)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
 
 def run_module(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs ``python -m module`` with ``arguments``."""
-    return _run(ROOT, os.environ | environment, _run_as_main, module, *arguments)
+    return run(Fork, _run_module, module, *arguments, env=os.environ | environment)
 
 
 def run_handler(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs ``handler.py`` with ``arguments`` in ``folder``."""
-    return _run(folder, users_environment() | environment, _call_handler, *arguments)
+    return run(Fork, call_handler, *arguments, cwd=folder, env=users_environment() | environment)
 
 
-def _run(
-    folder: Path, environment: dict[str, str], function: Callable[..., None], *arguments: str
-) -> subprocess.CompletedProcess[str]:
-    with TemporaryDirectory() as written:
-        outputs = Path(written, "stdout"), Path(written, "stderr")
-        process = CONTEXT.Process(target=_enter, args=(outputs, folder, environment, function, arguments))
-        process.start()
-        process.join(120)
-        if process.exitcode is None:
+def run(start: Callable[..., Process], *arguments: Any, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Runs what ``start`` starts, given ``arguments``, ``settings`` and the files for its outputs."""
+    with TemporaryFile() as stdout, TemporaryFile() as stderr:
+        process = start(*arguments, stdout=stdout, stderr=stderr, **settings)
+        try:
+            code = process.wait(120)
+        except subprocess.TimeoutExpired:
             process.kill()
-            raise TimeoutError
-        return subprocess.CompletedProcess(arguments, process.exitcode, *(each.read_text() for each in outputs))
+            raise
+        return subprocess.CompletedProcess(arguments, code, text_of(stdout), text_of(stderr))
+
+
+def text_of(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode()
 
 
 def _enter(
-    outputs: tuple[Path, Path], folder: Path, environment: dict[str, str], function: Callable[..., Any], arguments: Any
+    outputs: list[Connection], folder: Path, environment: dict[str, str], main: Callable[..., object], arguments: Any
 ) -> None:
-    for descriptor, path in enumerate(outputs, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.setsid()
+    for descriptor, output in enumerate(outputs, 1):
+        os.dup2(output.fileno(), descriptor)
+        output.close()
     # multiprocessing ignores a module that it cannot preload
     assert "tests.support.preloaded" in sys.modules
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     importlib.reload(huggingface_hub.constants)
-    function(*arguments)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "runpod"]:
+        del sys.modules[name]
+    sys.argv = ["main"]
+    try:
+        main(*arguments)
+    finally:
+        # multiprocessing ends its processes without atexit
+        log_output.drain()
 
 
 def _execute(code: str) -> None:
     exec(code, {})
 
 
-def _run_as_main(module: str, *arguments: str) -> None:
+def _run_module(module: str, *arguments: str) -> None:
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _call_handler(*arguments: str) -> None:
+def run_script(path: str, *arguments: str) -> None:
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
+
+
+def call_handler(*arguments: str) -> None:
     sys.argv = ["handler.py", *arguments]
-    try:
-        handler.main()
-    finally:
-        # multiprocessing ends its processes without atexit
-        log_output.drain()
+    handler.main()

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FAULTY = [sys.executable, "-m", "tests.support.faulty_worker"]
-"""The command of a worker that fails, or is slow, when a prompt or its environment tells it to."""
 
 
 def python(code: str, **environment: str) -> str:

@@ -10,14 +10,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import aiohttp
 
 from tests.support.platform_stub.faults import Faults
 from tests.support.platform_stub.job import FINAL, Job
 
+if TYPE_CHECKING:
+    from tests.support.forks import Process
+
+Command = list[str] | Callable[[], object]
+"""How a worker starts: as a program, or, for tests in which its imports are not the point, as a function in a fork."""
 HANDLER = Path(__file__).parents[3] / "handler.py"
+PROGRAM = [sys.executable, str(HANDLER)]
 ENDPOINT = "local"
 WATCH_INTERVAL = 0.2
 """Seconds between two checks that the workers' processes are alive."""
@@ -25,9 +31,9 @@ WATCH_INTERVAL = 0.2
 
 @dataclass
 class WorkerProcess:
-    process: subprocess.Popen[bytes]
+    process: "Process"
     environment: dict[str, str]
-    command: list[str]
+    command: Command
     pings: list[dict[str, str]] = field(default_factory=list)
     to_be_replaced: bool = False
 
@@ -97,7 +103,7 @@ class Platform:
             except TimeoutError:
                 return
 
-    def start_worker(self, command: list[str] | None = None, log: IO[bytes] | None = None, **settings: str) -> str:
+    def start_worker(self, command: Command = PROGRAM, log: IO[bytes] | None = None, **settings: str) -> str:
         """Starts ``handler.py``, or another ``command``, as a worker of this platform, and returns its id."""
         name = f"worker-{len(self.workers) + 1}"
         base = f"{self.url}/v2/{ENDPOINT}"
@@ -109,12 +115,15 @@ class Platform:
             "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=none",
             "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID?gpu=none",
             "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID",
-            "RUNPOD_PING_INTERVAL": "2000",
+            "RUNPOD_PING_INTERVAL": "1000",
         } | settings
-        command = command or [sys.executable, str(HANDLER)]
-        process = subprocess.Popen(
-            command, env=os.environ | environment, cwd=HANDLER.parent, stdout=log, stderr=log, start_new_session=True
-        )
+        options: dict[str, Any] = {"env": os.environ | environment, "cwd": HANDLER.parent, "stdout": log, "stderr": log}
+        if callable(command):
+            from tests.support.forks import Fork
+
+            process: Process = Fork(command, **options)
+        else:
+            process = subprocess.Popen(command, start_new_session=True, **options)
         self.workers[name] = WorkerProcess(process, settings, command)
         return name
 
