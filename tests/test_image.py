@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import runpod
+import torch
 
 from src.settings import DEFAULT_MODEL_ID
 from src.startup import prefetch
@@ -60,7 +62,7 @@ def test_image_requests_the_gpu_from_the_container_runtime():
 
 
 @pytest.mark.process
-def test_copied_files_suffice_to_fetch_a_model_and_start_with_it(v1_4_repository: Path, tmp_path: Path):
+def test_copied_files_suffice_to_fetch_a_model_record_a_start_and_start(v1_4_repository: Path, tmp_path: Path):
     app, model = tmp_path / "app", tmp_path / "model"
     app.mkdir()
 
@@ -88,7 +90,10 @@ def test_copied_files_suffice_to_fetch_a_model_and_start_with_it(v1_4_repository
         copy(*pair)
     (record,) = re.findall(r"python (-m builder\.record_start \S+ \S+)", after)
     run([sys.executable, *shlex.split(record)])
-    assert (app / "src" / prefetch.START_FILES.name).stat().st_size > 100_000
+    files = [Path(line) for line in (app / "src" / prefetch.START_FILES.name).read_text().splitlines()]
+    assert all(file.is_file() for file in files) and len(set(files)) == len(files) > 2000
+    assert {Path(module.__cached__) for module in (torch, runpod)} < set(files)
+    assert "libtorch_cpu.so" in {file.name for file in files}
     settings = variables("ENV")
     assert settings.pop("MODEL_ID") == "${MODEL_ID:+/model}"
     assert settings["HF_HUB_OFFLINE"] == "1"
