@@ -126,7 +126,7 @@ container=$(buildah from --pull=never --volume "$work/cache:$hub:ro" worker-test
 run test ! -e /model || fail "it has a model"
 start() { unshare --net buildah run --env "$1" --env "$2" "$container" -- sh -c 'python handler.py && test -s picture.png'; }
 start MODEL_ID=someone/tiny "LORA=$hub/style.safetensors:0.7" >"$work/log" || fail "no picture: $(cat "$work/log")"
-grep "model: someone/tiny at 0123456789ab, RunPod's cached models" "$work/log" || fail "the log does not name RunPod's cache: $(cat "$work/log")"
-grep "LoRA style:0.7: .* merged" "$work/log" || fail "the log does not name the LoRA: $(cat "$work/log")"
+grep "model: someone/tiny + style:0.7 at 0123456789ab, RunPod's cached models" "$work/log" || fail "the log does not name RunPod's cache: $(cat "$work/log")"
+grep "LoRA style:0.7: 96 of 96 tensors merged" "$work/log" || fail "the LoRA is not merged: $(cat "$work/log")"
 if start MODEL_ID=someone/other LORA= >"$work/log"; then fail "it starts without a model"; fi
 grep "choose it as the endpoint's Model" "$work/log" || fail "the log does not suggest the endpoint's Model: $(cat "$work/log")"
