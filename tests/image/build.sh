@@ -6,8 +6,9 @@
 #
 #   tests/image/build.sh [options of buildah build]
 #
-# It needs buildah, iproute2, util-linux, 30 GB of disk, and the tests' environment: .venv, or PYTHON. Where pip finds
-# PyTorch for CUDA, give it the one for the CPU: PIP_INDEX_URL=https://download.pytorch.org/whl/cpu.
+# It needs buildah, iproute2, util-linux, 10 GB of disk (80 with the storage driver vfs, which copies each layer whole), and
+# the tests' environment: .venv, or PYTHON. Where pip finds PyTorch for CUDA, give it the one for the CPU:
+# PIP_INDEX_URL=https://download.pytorch.org/whl/cpu.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
