@@ -84,8 +84,18 @@ def demo_engine(demo_pipe: "StableDiffusionPipeline") -> Engine:
     return engines.around(demo_pipe, "demo")
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--small", action="store_true", help="run what a CPU can of the tests that need a CUDA device")
+@pytest.fixture
+def quick_unet(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> "StableDiffusionPipeline":
+    """A model's pipeline with a UNet of a single random layer, which takes a tenth of the time."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    pipe = request.getfixturevalue(request.param)
+    layer = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "mid_block_type": None}
+    size = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
+    monkeypatch.setattr(pipe, "unet", UNet2DConditionModel.from_config(pipe.unet.config, **layer, **size).eval())
+    return pipe
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -100,17 +110,12 @@ PROCESS_FIXTURES = {"platform", "local_server", "node_modules"}
 """Fixtures that start a process. Tests that use them get the ``process`` marker."""
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    import torch
-
-    without_device = not torch.cuda.is_available() and not config.getoption("small")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if without_device and item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip("needs a CUDA device"))
         if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.process)
     # with two processes, the longest files must not be the last
-    items.sort(key=lambda item: item.path.stem not in ("test_generate_sh", "test_platform", "test_worker_loop"))
+    items.sort(key=lambda item: item.path.stem not in ("test_platform", "test_scripts", "test_worker_loop"))
 
 
 @pytest.fixture(autouse=True)

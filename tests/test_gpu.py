@@ -1,6 +1,6 @@
 """The worker on a CUDA device, in float16 with a full-size model of random weights: ``python -m pytest -m gpu``.
 
-With ``--small`` a shrunken model on the CPU runs those that it can. That only shows that the tests themselves work.
+Otherwise a shrunken model on the CPU runs those that it can. That only shows that the tests themselves work.
 """
 
 import asyncio
@@ -38,8 +38,8 @@ real_device = pytest.mark.skipif(not CUDA, reason="tests the device itself")
 
 
 @pytest.fixture(scope="module")
-def model(request: pytest.FixtureRequest, v1_4_repository: Path) -> Path:
-    if request.config.getoption("small"):
+def model(v1_4_repository: Path) -> Path:
+    if not CUDA:
         return v1_4_repository
     cold_start.ensure_models(cold_start.MODELS)
     return cold_start.MODELS / "baked"
