@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageChops
 
 from builder.demo_model.evaluate import shape_colors
@@ -71,22 +71,18 @@ def test_image_i_matches_a_single_picture_of_seed_plus_i(demo_engine: Engine):
         assert furthest(picture.image, alone.image) <= 2
 
 
-def test_eight_prompts_in_one_batch_each_get_their_own_picture(
+def test_four_prompts_in_one_batch_each_get_their_own_picture(
     demo_pipe: StableDiffusionPipeline, batches: list[list[str]]
 ):
-    engine = engines.around(demo_pipe, "demo", max_batch_images=8)
+    engine = engines.around(demo_pipe, "demo")
     asked = [
         ("red", "white"),
         ("blue", "yellow"),
-        ("green", "pink"),
-        ("yellow", "purple"),
-        ("purple", "white"),
         ("white", "blue"),
-        ("orange", "blue"),
         ("black", "yellow"),
     ]
     long = " ".join(["nothing"] * 100)
-    negative_prompts = ["", "the sea", "", long, "", "a desert", "", "a forest"]
+    negative_prompts = ["", "the sea", long, ""]
     requests = [
         request_for(
             engine,
@@ -98,7 +94,7 @@ def test_eight_prompts_in_one_batch_each_get_their_own_picture(
         for i, (color, background) in enumerate(asked)
     ]
     results = generate_together(engine, *requests)
-    assert [len(batch) for batch in batches] == [8]
+    assert [len(batch) for batch in batches] == [4]
     for one, (color, background), result in zip(requests, asked, results, strict=True):
         (picture,) = result.pictures
         assert picture.seed == one.seed
@@ -111,17 +107,6 @@ def test_eight_prompts_in_one_batch_each_get_their_own_picture(
 
 SMALL = {"width": 64, "height": 64, "guidance_scale": 0}
 """The fastest options: a step without guidance takes half as long."""
-
-
-@pytest.fixture
-def quick_unet(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> StableDiffusionPipeline:
-    """A model's pipeline with a UNet of a single random layer, which takes a tenth of the time."""
-    torch.manual_seed(0)
-    pipe: StableDiffusionPipeline = request.getfixturevalue(request.param)
-    layer = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "mid_block_type": None}
-    size = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
-    monkeypatch.setattr(pipe, "unet", UNet2DConditionModel.from_config(pipe.unet.config, **layer, **size).eval())
-    return pipe
 
 
 @pytest.mark.parametrize("quick_unet", ["v1_4_pipe", "demo_pipe"], indirect=True)

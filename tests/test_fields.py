@@ -56,7 +56,7 @@ def recording(pipeline: type, calls: list[dict[str, Any]]) -> Callable[..., Any]
 
 
 @pytest.mark.parametrize("field", FIELDS)
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(st.data())
 def test_field_reaches_the_pipeline(field: str, data: st.DataObject):
     calls: list[dict[str, Any]] = []
@@ -70,7 +70,7 @@ def test_field_reaches_the_pipeline(field: str, data: st.DataObject):
 
 
 @pytest.mark.parametrize("field", FIELDS)
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(st.data())
 def test_requests_share_a_batch_if_they_differ_only_per_image(field: str, data: st.DataObject):
     one, other = data.draw(two_requests(field))
@@ -78,7 +78,7 @@ def test_requests_share_a_batch_if_they_differ_only_per_image(field: str, data: 
 
 
 @pytest.mark.parametrize("field", FIELDS)
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(st.data())
 def test_picture_parameters_say_how_it_was_made(field: str, data: st.DataObject):
     one, other = (parameters(request, request.seed, "none") for request in data.draw(two_requests(field)))

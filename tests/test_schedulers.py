@@ -35,18 +35,19 @@ def set_scheduler(
     monkeypatch.setattr(pipe, "scheduler", getattr(diffusers, class_name).from_config(config))
 
 
+@pytest.mark.parametrize("quick_unet", ["v1_4_pipe"], indirect=True)
 @pytest.mark.parametrize("own", OWN)
 def test_schedulers_keep_the_models_training_configuration(
-    own: str, v1_4_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+    own: str, quick_unet: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ):
     trained = STABLE_DIFFUSION | {"num_train_timesteps": 900, "prediction_type": "v_prediction"}
     # only PNDM reads skip_prk_steps
-    set_scheduler(v1_4_pipe, monkeypatch, own, **trained, skip_prk_steps=True)
-    engine = engines.around(v1_4_pipe)
+    set_scheduler(quick_unet, monkeypatch, own, **trained, skip_prk_steps=True)
+    engine = engines.around(quick_unet)
     for name in SCHEDULERS:
         scheduler = engines.new_scheduler(engine, name)
         assert {key: scheduler.config[key] for key in trained} == trained
-        assert (scheduler.alphas_cumprod == v1_4_pipe.scheduler.alphas_cumprod).all()
+        assert (scheduler.alphas_cumprod == quick_unet.scheduler.alphas_cumprod).all()
         generate(engine, scheduler=name, num_inference_steps=2, guidance_scale=0)
 
 
@@ -126,12 +127,13 @@ def test_scheduler_that_does_not_work_with_a_model_is_refused_in_words(
         assert str(refused.value) == f"invalid input: scheduler: {said}"
 
 
+@pytest.mark.parametrize("quick_unet", ["v1_4_pipe"], indirect=True)
 @pytest.mark.parametrize(("own", "name"), [("LCMScheduler", "LCM"), ("TCDScheduler", "TCDScheduler")])
 def test_more_steps_than_a_scheduler_can_do_are_refused(
-    own: str, name: str, v1_4_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+    own: str, name: str, quick_unet: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ):
-    set_scheduler(v1_4_pipe, monkeypatch, own, original_inference_steps=10)
-    engine = engines.around(v1_4_pipe)
+    set_scheduler(quick_unet, monkeypatch, own, original_inference_steps=10)
+    engine = engines.around(quick_unet)
     assert generate(engine, num_inference_steps=10).pictures
     for scheduler, maximum in {"LCM": 50, name: 10}.items():
         assert generate(engine, num_inference_steps=maximum, scheduler=scheduler).pictures

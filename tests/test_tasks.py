@@ -58,7 +58,7 @@ def with_own_pixels(pictures: list[Image.Image], *requests: ImageRequest) -> lis
 
 
 @pytest.mark.parametrize("task", [PICTURE, MASK], ids=["picture", "mask"])
-@pytest.mark.parametrize("strength", [0.3, 0.75, 1])
+@pytest.mark.parametrize("strength", [0.5, 1])
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS.keys() - {"KLMS"}))
 def test_picture_has_the_same_bytes_as_from_diffusers(
     task: dict[str, str], strength: float, scheduler: str, v1_4_engine: Engine
@@ -66,7 +66,7 @@ def test_picture_has_the_same_bytes_as_from_diffusers(
     asked = task | {"strength": strength, "scheduler": scheduler, "num_inference_steps": 4}
     alone = request_for(v1_4_engine, **asked)
     series = request_for(v1_4_engine, **asked | {"image": in_base64(plain("red", RAMP.size))}, num_images=2, seed=9)
-    for jobs in ([alone], [series], [alone, series]):
+    for jobs in ([alone], [alone, series]):
         results = generate_together(v1_4_engine, *jobs)
         ours = [picture.image.tobytes() for result in results for picture in result.pictures]
         assert ours == with_own_pixels(from_diffusers(v1_4_engine, *jobs), *jobs)

@@ -372,7 +372,7 @@ def test_second_stop_signal_does_not_interrupt_what_the_first_one_began(stub: Pl
     work(clean_up, clients)
 
 
-def test_job_delivered_again_while_its_cancellation_is_answered_starts_anew(stub: Platform, demo_engine: Engine):
+def test_job_delivered_again_while_its_cancellation_is_answered_starts_anew(stub: Platform, v1_4_engine: Engine):
     cancelled, may_end = threading.Event(), threading.Event()
 
     @asynccontextmanager
@@ -397,7 +397,7 @@ def test_job_delivered_again_while_its_cancellation_is_answered_starts_anew(stub
         assert len(results(stub, job)) == 1
 
     stub.poll_seconds = 0.1
-    work(JobHandler(demo_engine, Settings(), last_report_is_late).handle, clients)
+    work(JobHandler(v1_4_engine, Settings(), last_report_is_late).handle, clients)
 
 
 def test_answer_whose_cancellation_takes_long_is_not_taken_for_the_one_that_replaced_it(

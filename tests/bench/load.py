@@ -30,7 +30,7 @@ from tests.support.pictures import in_base64
 from tests.support.platform_stub import FINAL, Chaos, Fault, Platform, serving
 
 COLORS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "black"]
-STEPS = 12
+STEPS = 8
 SEED = 1
 DELIVERED_TWICE = 0.05
 """Share of the requests for jobs that the platform answers with jobs that it will hand out again."""
