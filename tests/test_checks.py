@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import CLIPTokenizer
 
 from src.errors import StartError
-from src.model import repository
+from src.model import loading, repository
 from src.settings import Settings
 from tests.support.layouts import edit, weight_file
 
@@ -144,6 +145,23 @@ RENAME = "if these are the weights that you want, give them that name"
             lambda folder: shutil.rmtree(folder / "feature_extractor"),
             f"feature_extractor/preprocessor_config.json is missing, {ADD_IT}",
         ),
+        *(
+            (lambda folder, name=name: (folder / name).unlink(), f"{name} is missing")
+            for name in (
+                "safety_checker/config.json",
+                "tokenizer/tokenizer_config.json",
+                "tokenizer/vocab.json",
+                "tokenizer/merges.txt",
+            )
+        ),
+        *(
+            (lambda folder, name=name: (folder / name).write_text("[]"), f"cannot read {name}: it holds no JSON object")
+            for name in (
+                "safety_checker/config.json",
+                "feature_extractor/preprocessor_config.json",
+                "tokenizer/tokenizer_config.json",
+            )
+        ),
         (
             index_entry("feature_extractor", ["transformers", "CLIPProcessor"]),
             f"feature_extractor is a CLIPProcessor, {ADD_IT}",
@@ -169,3 +187,14 @@ def test_model_is_refused_in_one_line(v1_4_repository: Path, tmp_path: Path, dam
     assert "\n" not in line
     # it is the same on every host
     assert not refused.value.may_recover
+
+
+def test_tokenizer_in_one_file_is_enough(v1_4_repository: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(v1_4_repository, tmp_path / "copy"))
+    CLIPTokenizer.from_pretrained(folder / "tokenizer").save_pretrained(folder / "tokenizer")
+    for name in ("vocab.json", "merges.txt"):
+        (folder / "tokenizer" / name).unlink(missing_ok=True)
+    settings = Settings(model_id=str(folder))
+    prompt = "a cat"
+    tokens = loading.load(repository.find(settings), "cpu", settings).tokenizer(prompt).input_ids
+    assert tokens == CLIPTokenizer.from_pretrained(v1_4_repository / "tokenizer")(prompt).input_ids

@@ -18,6 +18,9 @@ FEATURE_EXTRACTORS = ("CLIPFeatureExtractor", "CLIPImageProcessor", "CLIPImagePr
 """What versions of transformers have called the one that the safety checker needs."""
 PREPROCESSOR = "feature_extractor/preprocessor_config.json"
 
+TOKENIZER = ("tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt")
+"""Its files; ``tokenizer/tokenizer.json`` holds what is in the last two, too."""
+
 LFS_POINTER = b"version https://git-lfs"
 """What a file begins with that git fetched without Git LFS (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)."""
 
@@ -84,10 +87,12 @@ def check(folder: Path, files: Set[str], parts: Collection[str]) -> dict[str, st
         StartError: saying what is missing or of the wrong kind, without the folder's name.
     """
     index = _read_index(folder, files)
-    _check_configs(folder, index)
+    _check_configs(folder, index, files)
     components = [name for name in WEIGHTS if name in parts and index.get(name, [None])[0]]
     if "safety_checker" in components:
         _check_feature_extractor(index, files)
+        for name in ("safety_checker/config.json", PREPROCESSOR):
+            read_json(folder, name)
     return _choose_weights(components, files)
 
 
@@ -111,7 +116,7 @@ def _read_index(folder: Path, files: Set[str]) -> dict[str, Any]:
     return index
 
 
-def _check_configs(folder: Path, index: dict[str, Any]) -> None:
+def _check_configs(folder: Path, index: dict[str, Any], files: Set[str]) -> None:
     """Checks that the components fit together. A missing value means the default of the component's class."""
     unet, vae, text_encoder = (read_json(folder, f"{name}/config.json") for name in ("unet", "vae", "text_encoder"))
     channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
@@ -132,6 +137,10 @@ def _check_configs(folder: Path, index: dict[str, Any]) -> None:
             f"text_encoder/config.json: hidden_size is {width}, but unet/config.json wants {json.dumps(expected)}: "
             "the text encoder is another model's"
         )
+    for name in TOKENIZER if "tokenizer/tokenizer.json" not in files else TOKENIZER[:1]:
+        if name not in files:
+            raise StartError(f"{name} is missing")
+    read_json(folder, TOKENIZER[0])
     scheduler = read_json(folder, "scheduler/scheduler_config.json")
     if index["scheduler"][1] == "PNDMScheduler" and not scheduler.get("skip_prk_steps"):
         raise StartError(
