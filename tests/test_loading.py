@@ -124,17 +124,20 @@ def test_weights_that_are_cut_off_in_a_directory_are_named_and_no_restart_is_tri
 
 
 @pytest.mark.parametrize("damaged", ["unet/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json"])
-def test_damaged_file_in_a_cache_is_reported_in_one_line(
+def test_damaged_file_is_reported_in_one_line_and_a_restart_is_tried_if_it_is_in_a_cache(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
 ):
     monkeypatch.setattr("src.model.hub.RUNPOD_CACHE", tmp_path / "cache")
     snapshot = tmp_path / "cache" / "models--someone--tiny" / "snapshots" / "commit"
+    (copy / damaged).write_bytes(b"{")
     shutil.copytree(copy, snapshot)
-    (snapshot / damaged).write_bytes(b"{")
     with pytest.raises(StartError, match=r"^MODEL_ID=someone/tiny: cannot be loaded: .+$") as refused:
         load(model_id="someone/tiny")
     # the file may be intact on another host
     assert refused.value.may_recover
+    with pytest.raises(StartError, match=rf"^MODEL_ID={copy}: .+$") as refused:
+        load(model_id=copy)
+    assert not refused.value.may_recover
 
 
 def without(component: str, tensor: str) -> Callable[[Path], None]:
@@ -212,3 +215,16 @@ def test_model_that_would_make_other_pictures_is_refused(copy: Path, damage: Cal
         load(model_id=copy)
     assert str(refused.value) == f"MODEL_ID={copy}: {said}"
     assert not refused.value.may_recover
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error")])
+def test_failure_of_the_card_while_a_directory_is_loaded_may_not_happen_on_another_host(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", fail)
+    with pytest.raises(StartError, match=f"^MODEL_ID={copy}: cannot be loaded: {type(error).__name__}: ") as refused:
+        load(model_id=copy)
+    assert refused.value.may_recover

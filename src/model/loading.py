@@ -60,12 +60,13 @@ def load(
         except StartError:
             raise
         except Exception as error:
+            own = local_path(choose_model(settings)).exists()
+            for file in repository.weight_files if own else ():
+                with prefixed(f"{file.parent.name}/{file.name}"):
+                    read_shapes(file)
             # a copy in a cache may be intact on another host, the operator's own files are the same on each
-            if local_path(choose_model(settings)).exists():
-                for file in repository.weight_files:
-                    with prefixed(f"{file.parent.name}/{file.name}"):
-                        read_shapes(file)
-            raise StartError(f"cannot be loaded: {one_line(error)}", may_recover=True) from error
+            may_recover = not own or isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError | MemoryError)
+            raise StartError(f"cannot be loaded: {one_line(error)}", may_recover=may_recover) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
