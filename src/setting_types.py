@@ -79,7 +79,7 @@ def _lora(part: str) -> tuple[str, float]:
 
 
 def _parts(value: str) -> list[str]:
-    return [part.strip() for part in value.split(",")]
+    return [part.strip() for part in value.split(",") if part.strip()]
 
 
 Integer = Annotated[int, BeforeValidator(_digits)]

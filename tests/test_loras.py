@@ -160,7 +160,19 @@ def with_tensor(name: str) -> Callable[[Tensors], Tensors]:
         (of_width(2048), "a LoRA for Stable Diffusion XL, the model is another model (a context of 32 channels)"),
         (of_width(768), "a LoRA for Stable Diffusion 1.x, the model is another model"),
         (with_tensor("lora_te2_text_model_x.lora_up.weight"), "a LoRA for Stable Diffusion XL, which cannot be merged"),
-        (with_tensor("lora_unet_x.hada_w1_a"), "a LoHa, which cannot be merged into this model: use a plain LoRA"),
+        (
+            with_tensor("lora_unet_x.hada_w1_a"),
+            "a LoHa, which cannot be merged into this model: use a plain LoRA",
+        ),
+        (with_tensor("lora_unet_x.oft_blocks"), "an OFT, which cannot be merged into this model"),
+        (with_tensor("lora_unet_x.on_input"), "an IA3, which cannot be merged into this model"),
+        (with_tensor("lora_unet_x.a1.weight"), "a GLoRA, which cannot be merged into this model"),
+        (with_tensor("lora_unet_x.w_norm"), "a LoRA with norms, which cannot be merged into this model"),
+        (
+            with_tensor("lora_unet_double_blocks_0_x.lora_up.weight"),
+            "a LoRA for Flux, which cannot be merged",
+        ),
+        (with_tensor("bundle_emb.cat.clip_l"), "it holds tensors that belong to no LoRA, such as an embedding's"),
         (with_tensor("lora_unet_x.lora_mid.weight"), "a LoCon with Tucker decomposition, which cannot be merged"),
         (with_tensor("lora_unet_x.dora_scale"), "a DoRA, which cannot be merged"),
         (
@@ -179,7 +191,10 @@ def with_tensor(name: str) -> Callable[[Tensors], Tensors]:
             },
             "its rank is 0",
         ),
-        (with_tensor("lora_unet_x.diff"), f"{UNREAD}ValueError: The following keys have not been"),
+        (
+            with_tensor("lora_unet_x.diff"),
+            f"{UNREAD}ValueError: The following keys have not been correctly renamed: lora_",
+        ),
         (lambda tensors: {"emb_params": torch.zeros(1)}, "no LoRA, but a textual inversion: add it to a directory"),
         (
             lambda tensors: {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)},
@@ -225,7 +240,7 @@ def test_text_encoder_part_that_diffusers_cannot_read_is_refused(
         *((f"a.safetensors:{scale}", None) for scale in ("x", "0", "nan", "inf", "11", "1:2", "0,7")),
         ("owner/name", None),
         ("a.ckpt", None),
-        ("a.safetensors,", None),
+        ("a.safetensors, ,", [("a.safetensors", 1.0)]),
     ],
 )
 def test_setting_is_read_strictly(setting: str, read: list[tuple[str, float]] | None):
@@ -260,7 +275,8 @@ def test_lora_on_the_hub_is_downloaded_and_named_after_its_repository(
         said = forks.python(code, MODEL_ID=str(v1_shaped), LORA=lora, **environment)
     found = f"['{v1_shaped.name} + lcm-lora:0.5', 'pytorch_lora_weights.safetensors']\n"
     assert said == f"None\n{found}{found}"
-    assert len(fetched) == 2
+    file = "pytorch_lora_weights.safetensors"
+    assert fetched == [f"{file}:0-100000", f"{file}:0-100000", file]
 
 
 @pytest.mark.process

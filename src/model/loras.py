@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.errors import StartError, condensed, one_line
+from src.errors import StartError, condensed
 from src.model.single_file import Shapes, context_width, kind_of, read_shapes, version
 
 if TYPE_CHECKING:
@@ -19,6 +19,12 @@ OTHER_KINDS = {
     "lokr_": "a LoKr",
     ".lora_mid.": "a LoCon with Tucker decomposition",
     "dora_scale": "a DoRA",
+    ".oft_": "an OFT",
+    ".on_input": "an IA3",
+    ".a1.weight": "a GLoRA",
+    ".w_norm": "a LoRA with norms",
+    "lora_unet_double_blocks": "a LoRA for Flux",
+    "transformer.single_transformer_blocks": "a LoRA for Flux",
     "lora_te2_": "a LoRA for Stable Diffusion XL",
     "text_encoder_2.": "a LoRA for Stable Diffusion XL",
 }
@@ -30,6 +36,7 @@ WHY_UNREAD = {
     "can require gradients": "its tensors are integers",
     "lora_up.weight'": "it lacks lora_up tensors",
     "`r` should be": "its rank is 0",
+    "Invalid LoRA checkpoint": "it holds tensors that belong to no LoRA, such as an embedding's",
 }
 """What errors of diffusers, transformers and peft mean, by what they contain."""
 
@@ -63,7 +70,9 @@ def check(shapes: Shapes, unet: Mapping[str, Any]) -> None:
     """
     for fragment, kind in OTHER_KINDS.items():
         if any(fragment in name for name in shapes):
-            raise StartError(f"{kind}, which cannot be merged into this model: use a plain LoRA")
+            raise StartError(
+                f"{kind}, which cannot be merged into this model: use a plain LoRA for Stable Diffusion 1.x or 2.x"
+            )
     if not any("lora" in name for name in shapes):
         raise StartError(f"no LoRA, but {kind_of(shapes) or 'a checkpoint: set MODEL_ID to it'}")
     context, expected = context_width(shapes), unet.get("cross_attention_dim", 1280)
@@ -90,7 +99,8 @@ def merge(pipe: "StableDiffusionPipeline", lora: Lora) -> str:
             pipe.unload_lora_weights()
     except Exception as error:
         RunPodLogger().error(condensed(f"{lora}: {error}", 1000))
-        unread = f"it does not fit this model, or diffusers cannot read it: {condensed(one_line(error))}"
+        quoted = condensed(f"{type(error).__name__}: {error}")
+        unread = f"it does not fit this model, or diffusers cannot read it: {quoted}"
         why = next((meaning for part, meaning in WHY_UNREAD.items() if part in str(error)), unread)
         raise StartError(f"LORA={lora.source}: {why}") from error
     if not placed:
