@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from src.model.repository import ORIGIN
 from src.settings import DEFAULT_MODEL_ID, DEFAULT_MODEL_REVISION, Settings
 from tests.support import forks, hub
 from tests.support.layouts import edit, halve, weight_file
+from tests.support.single_files import make_checkpoint
 
 REPO = "someone/tiny"
 
@@ -48,18 +50,21 @@ def test_directory_whose_name_ends_like_a_file_is_one(copy: Path):
         repository.find(Settings(model_id=str(folder), lora=str(folder)))
 
 
-def find(environment: dict[str, str], *, runpod_cache: Path | None = None, user: int | None = None) -> str:
+def find(
+    environment: dict[str, str], *, runpod_cache: Path | None = None, user: int | None = None, max_silence: float = 30
+) -> str:
     """Runs ``repository.find`` in a process of its own, since huggingface_hub reads its environment only once.
 
     Args:
         environment: of the process.
         runpod_cache: stands for the directory of that name.
         user: runs it as this user, if the tests run as root.
+        max_silence: how long it waits for the hub, in seconds.
     """
     code = (
         "import os; from pathlib import Path; from src.errors import StartError\n"
         "from src.model import hub, repository; from src.settings import Settings\n"
-        f"hub.RUNPOD_CACHE = Path({str(runpod_cache or '/nowhere')!r})\n"
+        f"hub.RUNPOD_CACHE = Path({str(runpod_cache or '/nowhere')!r}); hub.MAX_SILENCE = {max_silence}\n"
         f"if {user} and not os.geteuid(): os.setuid({user})\n"
         "try: print(repository.find(Settings.from_environment()).where)\n"
         "except StartError as error: print('may recover:' if error.may_recover else 'refused:', error)"
@@ -130,7 +135,8 @@ def test_fault_of_a_cached_model_is_reported_when_downloads_are_forbidden(
     weight.unlink()
     assert repository.find_local(Settings(model_id=DEFAULT_MODEL_ID)) is None
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(StartError, match=f"^MODEL_ID={DEFAULT_MODEL_ID}: vae/{weight.name} is missing"):
+    said = f"vae/{weight.name} is missing.*, in the cached copy, and HF_HUB_OFFLINE=1 forbids a download: choose it as"
+    with pytest.raises(StartError, match=f"^MODEL_ID={DEFAULT_MODEL_ID}: {said}"):
         repository.find_local(Settings(model_id=DEFAULT_MODEL_ID))
 
 
@@ -228,6 +234,39 @@ def test_refusal_by_the_hub_is_reported_in_one_line(v1_4_repository: Path, tmp_p
     assert "or set HF_HUB_OFFLINE=0 to download it" in find(home | {"HF_HUB_OFFLINE": "1"})
 
 
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"LORA": "/nowhere/a.safetensors"}, "LORA=/nowhere/a.safetensors: no such file or directory"),
+        ({"LORA": f"{REPO}/a.safetensors"}, f"LORA={REPO}/a.safetensors: {REPO} has no file a.safetensors"),
+        ({"LORA": f"{REPO}/checkpoint.safetensors"}, f"LORA={REPO}/checkpoint.safetensors: no LoRA, but a checkpoint"),
+        ({"BASE_MODEL": "/nowhere"}, "BASE_MODEL=/nowhere: no such file or directory"),
+        ({"BASE_MODEL": f"{REPO}/x"}, f"BASE_MODEL={REPO}/x: neither a directory, a file, nor a hub id"),
+    ],
+)
+def test_nothing_large_is_downloaded_while_another_setting_is_wrong(
+    copy: Path, tmp_path: Path, settings: dict[str, str], said: str
+):
+    make_checkpoint(copy, copy / "checkpoint.safetensors")
+    checkpoint = {"MODEL_ID": f"{REPO}/checkpoint.safetensors"}
+    with hub.serve(REPO, copy) as (address, fetched):
+        online = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), **settings}
+        for model in ({}, checkpoint) if "LORA" in settings else (checkpoint,):
+            refused = find({"BASE_MODEL": REPO} | model | online)
+            assert refused.startswith("refused: ") and said in refused
+    assert fetched and not [name for name in fetched if name.endswith((".safetensors", ".bin"))]
+
+
+@pytest.mark.process
+def test_silent_hub_is_given_up(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        for model_id in (REPO, f"{REPO}/a.safetensors"):
+            said = find({"MODEL_ID": model_id, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}, max_silence=0.5)
+            assert said == f"may recover: MODEL_ID={model_id}: in no local cache, and the hub cannot be reached\n"
+
+
 ALL = set(WEIGHTS)
 """The components with weights."""
 
@@ -295,7 +334,7 @@ def test_one_precision_is_downloaded(copy: Path, tmp_path: Path, prepare: Callab
         ),
         (
             lambda folder: (folder / "tokenizer" / "vocab.json").unlink(),
-            "the tokenizer cannot be read: ",
+            "tokenizer/vocab.json is missing",
         ),
     ],
 )

@@ -241,6 +241,15 @@ def test_fault_of_the_base_model_is_told_by_its_name(
     )
 
 
+def test_checkpoint_of_version_2_asks_for_a_base_model_before_v1_4_is_looked_for(tmp_path: Path):
+    names = ("input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+    unet = {f"model.diffusion_model.{name}": torch.zeros(1, 1024) for name in names}
+    others = ("first_stage_model.x", "cond_stage_model.model.token_embedding.weight")
+    save_file(unet | {name: torch.zeros(1) for name in others}, tmp_path / "v2.safetensors")
+    with pytest.raises(StartError, match=r": a checkpoint of Stable Diffusion 2\.x: set BASE_MODEL to a directory or"):
+        repository.find_local(Settings(model_id=str(tmp_path / "v2.safetensors")))
+
+
 def test_base_model_needs_no_weights_but_the_checkers(checkpoint: Path, v1_4_repository: Path, tmp_path: Path):
     base = Path(shutil.copytree(v1_4_repository, tmp_path / "base"))
     for part in ("unet", "vae", "text_encoder"):
@@ -282,6 +291,8 @@ def test_checkpoint_on_the_hub_is_downloaded_once_with_the_small_files_of_its_ba
         )
         weights = [name for name in fetched if "safetensors" in name]
         assert weights == [
+            # once to see whether it can be used, and again before it is downloaded
+            f"{file}:0-100000",
             f"{file}:0-100000",
             file,
             "safety_checker/model.safetensors",

@@ -5,8 +5,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from httpx2 import TransportError
-from huggingface_hub import HfApi, constants, snapshot_download
+from httpx2 import Request, TransportError
+from huggingface_hub import HfApi, constants, get_session, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -30,6 +30,14 @@ MEANINGS = {
 
 PASSING = (408, 425, 429)
 """Too slow, too early, too many: the only client errors that another try may not meet."""
+
+MAX_SILENCE = 30.0
+"""In seconds: how long the hub may take for each step of an answer. huggingface_hub would wait for ever."""
+
+NO_NAME = f"neither a path on this machine, nor a hub id such as {DEFAULT_MODEL_ID}, nor owner/name/file.safetensors"
+OFFLINE = (
+    "HF_HUB_OFFLINE=1 forbids a download: choose it as the endpoint's Model, or set HF_HUB_OFFLINE=0 to download it"
+)
 
 LICENCES = ["LICENSE*", "README.md"]
 """A copy of a model must keep them."""
@@ -64,7 +72,8 @@ class HubRepository:
                         name, revision=self._commit, cache_dir=cache, allow_patterns=file, local_files_only=True
                     )
                 except HFValidationError:
-                    raise StartError(f"neither a directory, a file, nor a hub id such as {DEFAULT_MODEL_ID}") from None
+                    said = f"neither a directory, a file, nor a hub id such as {DEFAULT_MODEL_ID}"
+                    raise StartError(f"{said}, or owner/name/file.safetensors") from None
                 yield Path(folder), where
         if self.revision is None:
             pinned = f" (not the pinned commit, {self._commit[:12]})" if self._commit else ""
@@ -75,6 +84,9 @@ class HubRepository:
 
     def list_files(self) -> set[str]:
         """Asks the hub for the names of its files."""
+        hooks = get_session().event_hooks["request"]
+        if _bound not in hooks:
+            hooks.append(_bound)
         # tried only once; without it, snapshot_download would try for half a minute to reach the hub
         listing = HfApi(token=self.token).model_info(self.id, revision=self._commit or constants.DEFAULT_REVISION)
         return {sibling.rfilename for sibling in listing.siblings or ()}
@@ -101,6 +113,12 @@ class HubRepository:
                 yield name
 
 
+def _bound(request: Request) -> None:
+    """An event hook of httpx2's client, which gives a request time-outs where it has none."""
+    timeouts = request.extensions["timeout"]
+    request.extensions["timeout"] = {step: seconds or MAX_SILENCE for step, seconds in timeouts.items()}
+
+
 @contextmanager
 def download_errors() -> Iterator[None]:
     """Turns the errors of huggingface_hub into a StartError, which tells whether another try may succeed."""
@@ -116,8 +134,7 @@ def download_errors() -> Iterator[None]:
         if not isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled | TransportError):
             raise StartError(f"cannot be downloaded: {one_line(error)}", may_recover=True) from error
         if constants.HF_HUB_OFFLINE:
-            hint = "choose it as the endpoint's Model, or set HF_HUB_OFFLINE=0 to download it"
-            raise StartError(f"in no local cache, and HF_HUB_OFFLINE=1 forbids a download: {hint}") from error
+            raise StartError(f"in no local cache, and {OFFLINE}") from error
         raise StartError("in no local cache, and the hub cannot be reached", may_recover=True) from error
 
 

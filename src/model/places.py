@@ -2,8 +2,8 @@
 
 import glob
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 
 from src.errors import StartError
@@ -12,6 +12,14 @@ from src.model.single_file import Shapes, read_shapes
 from src.settings import DEMO_MODEL_ID, Settings
 
 SUFFIX = ".safetensors"
+
+
+class Reach(Enum):
+    """Where a model is looked for, and what is downloaded."""
+
+    MACHINE = auto()  # only on this machine
+    HEADERS = auto()  # also on the hub, of which all is read that is small and says whether the model can be used
+    WEIGHTS = auto()  # also on the hub, and everything is downloaded
 
 
 @dataclass(frozen=True)
@@ -25,27 +33,24 @@ class File:
     """The commit, if it is known."""
     folder: Path
     """Of its repository, if it is in one, or else its own."""
+    shapes: Shapes
 
 
-def find_file(
-    source: str, revision: str | None, settings: Settings, download: bool, check: Callable[[Shapes], None]
-) -> File | None:
-    """Finds a safetensors file.
+def find_file(source: str, revision: str | None, settings: Settings, reach: Reach) -> File | None:
+    """Finds a safetensors file, or returns None if it is not within ``reach``.
 
     Args:
         source: its path, or the hub's ``owner/name/file.safetensors``.
         revision: the hub's, if the operator chose one.
         settings: for the token.
-        download: whether to download what is not on this machine; otherwise the result is None then.
-        check: raises a StartError for a file that is of no use, by its header, before the rest is downloaded.
+        reach: where to look for it. With ``HEADERS``, a file that is on the hub only is not at ``path`` afterwards.
 
     Raises:
-        StartError: if it cannot be found, or cannot be used.
+        StartError: if there is none, or it is no such file.
     """
     local = local_path(source)
     if local.is_file():
-        check(read_shapes(local))
-        return File(local, f"file {local}", None, local.parent)
+        return File(local, f"file {local}", None, local.parent, read_shapes(local))
     if local.is_dir():
         raise StartError("a directory: name the .safetensors file that you want")
     owner, name, path = (*source.split("/", 2), "", "")[:3]
@@ -54,16 +59,15 @@ def find_file(
         raise StartError("no such file; one on the hub is named owner/name/file.safetensors")
     for folder, where in hub.snapshots(glob.escape(path)):
         if (folder / path).is_file():
-            check(read_shapes(folder / path))
-            return File(folder / path, where, folder.name, folder)
-    if not download:
+            return File(folder / path, where, folder.name, folder, read_shapes(folder / path))
+    if reach is Reach.MACHINE:
         return None
     with download_errors():
         if path not in hub.list_files():
             raise StartError(f"{owner}/{name} has no file {path}")
-        check(hub.read_shapes(path))
-        folder = hub.download([glob.escape(path), *LICENCES])
-    return File(folder / path, "downloaded", folder.name, folder)
+        shapes = hub.read_shapes(path)
+        folder = hub.download(LICENCES if reach is Reach.HEADERS else [glob.escape(path), *LICENCES])
+    return File(folder / path, "downloaded", folder.name, folder, shapes)
 
 
 def hub_repository(model_id: str, revision: str | None, settings: Settings) -> HubRepository:

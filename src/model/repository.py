@@ -3,16 +3,15 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from huggingface_hub import constants
 
 from src.errors import StartError
 from src.model import checks, cuda_driver, loras, single_file
-from src.model.hub import LICENCES, download_errors
+from src.model.hub import LICENCES, OFFLINE, download_errors
 from src.model.loras import Lora
-from src.model.places import SUFFIX, File, find_file, hub_repository, local_path
+from src.model.places import SUFFIX, File, Reach, find_file, hub_repository, local_path
 from src.settings import DEFAULT_MODEL_ID, DEMO_MODEL_ID, Settings, on_runpod
 
 DEMO_MODEL = Path(__file__).parent / "demo"
@@ -72,12 +71,13 @@ def choose_model(settings: Settings) -> str:
 
 
 def find(settings: Settings) -> Repository:
-    """Finds the model on this machine, or downloads it.
+    """Finds the model on this machine, or downloads it once nothing small speaks against it.
 
     Raises:
         StartError: if it cannot be found, or cannot be used.
     """
-    found = _find(settings, download=True)
+    _find(settings, Reach.HEADERS)
+    found = _find(settings, Reach.WEIGHTS)
     assert found
     return found
 
@@ -91,26 +91,26 @@ def find_local(settings: Settings) -> Repository | None:
     Raises:
         StartError: if what is there cannot be used, or the settings name nothing that could be.
     """
-    return _find(settings, download=False)
+    return _find(settings, Reach.MACHINE)
 
 
-def _find(settings: Settings, *, download: bool) -> Repository | None:
+def _find(settings: Settings, reach: Reach) -> Repository | None:
     with naming(settings):
-        model = _find_model(settings, download)
+        model = _find_model(settings, reach)
     if not model or not settings.lora:
         return model
     unet = checks.read_json(model.path, "unet/config.json")
     merged: list[Lora] = []
     for source, scale in settings.lora:
         with prefixed(f"LORA={source}"):
-            file = find_file(source, None, settings, download, partial(loras.check, unet=unet))
-        if not file:
-            return None
+            if not (file := find_file(source, None, settings, reach)):
+                return None
+            loras.check(file.shapes, unet)
         merged.append(Lora(source, scale, file.path))
     return replace(model, name=" + ".join([model.name, *map(str, merged)]), loras=merged)
 
 
-def _find_model(settings: Settings, download: bool) -> Repository | None:
+def _find_model(settings: Settings, reach: Reach) -> Repository | None:
     model_id = choose_model(settings)
     if model_id == DEMO_MODEL_ID:
         words = checks.read_json(DEMO_MODEL, "words.json")
@@ -118,16 +118,18 @@ def _find_model(settings: Settings, download: bool) -> Repository | None:
         return Repository(DEMO_MODEL, "embedded", DEMO_MODEL_ID, None, weights, words=words)
     local = local_path(model_id)
     if local.is_dir() or not (local.is_file() or model_id.endswith(SUFFIX)):
-        return _find_directory(model_id, settings.model_revision, settings, download)
-    file = find_file(model_id, settings.model_revision, settings, download, single_file.check_checkpoint)
-    if not file:
+        return _find_directory(model_id, settings.model_revision, settings, reach)
+    if not (file := find_file(model_id, settings.model_revision, settings, reach)):
         return None
+    single_file.check_checkpoint(file.shapes)
+    if not settings.base_model:
+        single_file.check_version(file.shapes)
     base_model = settings.base_model or DEFAULT_MODEL_ID
     with prefixed(f"BASE_MODEL={base_model}"):
-        base = _find_directory(base_model, None, settings, download, parts=["safety_checker"])
+        base = _find_directory(base_model, None, settings, reach, parts=["safety_checker"])
     if not base:
         return None
-    single_file.check_fits(single_file.read_shapes(file.path), checks.read_json(base.path, "unet/config.json"))
+    single_file.check_fits(file.shapes, checks.read_json(base.path, "unet/config.json"))
     where, name = f"{file.where}, all but its weights from {base}, {base.where}", file.path.name.removesuffix(SUFFIX)
     return replace(base, where=where, name=name, revision=file.revision, single_file=file)
 
@@ -136,16 +138,16 @@ def _find_directory(
     model_id: str,
     revision: str | None,
     settings: Settings,
-    download: bool,
+    reach: Reach,
     parts: Collection[str] = checks.WEIGHTS.keys(),
 ) -> Repository | None:
-    """Finds a model by its path or hub id.
+    """Finds a model by its path or hub id, or returns None if it is not within ``reach``.
 
     Args:
         model_id: the path or the id.
         revision: the hub's, if the operator chose one.
         settings: for the token, and whether a safety checker is wanted.
-        download: whether to download what is not on this machine; otherwise the result is None then.
+        reach: where to look for it. With ``HEADERS``, weights that are on the hub only are not there afterwards.
         parts: the components whose weights are wanted.
 
     Raises:
@@ -167,15 +169,16 @@ def _find_directory(
         except StartError as error:
             unusable = unusable or error
     if unusable and constants.HF_HUB_OFFLINE:
-        raise unusable
-    if not download:
+        raise StartError(f"{unusable}, in the cached copy, and {OFFLINE}")
+    if reach is Reach.MACHINE:
         return None
     with download_errors():
         files = hub.list_files()
         path = hub.download(SMALL_FILES)
         weights = checks.check(path, files, parts)
         _check_tokenizer(path)
-        hub.download(weights.values())
+        if reach is Reach.WEIGHTS:
+            hub.download(weights.values())
     return Repository(path, "downloaded", model_id, path.name, weights)
 
 

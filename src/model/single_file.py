@@ -40,6 +40,7 @@ KINDS = {
         "hada_",
         "lokr_",
     ): "a LoRA: set LORA to it, and MODEL_ID to the model that it is for",
+    ("noise_augmentor.",): f"an unCLIP checkpoint, {RUNS}",
     ("conditioner.embedders.", "label_emb."): f"a Stable Diffusion XL checkpoint, {RUNS}",
     ("joint_blocks.",): f"a Stable Diffusion 3 checkpoint, {RUNS}",
     ("double_blocks.", "single_transformer_blocks."): f"a Flux checkpoint, {RUNS}",
@@ -107,6 +108,16 @@ def check_checkpoint(shapes: Shapes) -> None:
     missing = [part for part, names in parts.items() if not any(name.startswith(names) for name in shapes)]
     if missing:
         raise StartError(f"a checkpoint without {' and '.join(missing)}: use one with all parts")
+
+
+def check_version(shapes: Shapes) -> None:
+    """Checks that v1-4 may lend a checkpoint everything else.
+
+    Raises:
+        StartError: if the checkpoint is one of Stable Diffusion 2.x.
+    """
+    if context_width(shapes) == 1024:
+        raise StartError(f"a checkpoint of {version(1024)}: set BASE_MODEL to a directory or hub id of that version")
 
 
 def check_fits(shapes: Shapes, unet: Mapping[str, Any]) -> None:
