@@ -1,4 +1,4 @@
-"""What the three scripts in examples have in common: values, files, interrupts, bad answers and broken downloads."""
+"""What the three scripts in examples have in common: values, files, errors, interrupts, broken downloads."""
 
 import base64
 import json
@@ -11,8 +11,10 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from tests.support.client import until
+from src.api.prompt_warnings import NOT_UNDERSTOOD
+from tests.support.client import Client, until
 from tests.support.examples import EXAMPLES, ending_its_job, environment, run, start
 from tests.support.forks import text_of
 from tests.support.pictures import file, plain
@@ -36,13 +38,79 @@ def script(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return [path] if path.suffix == ".sh" else [sys.executable, path]
 
 
-def error_of(script: Script, platform: Platform, folder: Path, *fields: str) -> str:
+def error_of(script: Script, platform: Platform, folder: Path, *fields: str, **settings: str) -> str:
     """Returns the only line that a failed script prints."""
-    ran = run([*script, "the sea", *fields], folder, **environment(platform))
+    ran = run([*script, "the sea", *fields], folder, **environment(platform, **settings))
     assert (ran.returncode, ran.stdout) == (1, "")
     (line,) = ran.stderr.splitlines()
     assert line.startswith("generate.")
     return line.partition(": ")[2]
+
+
+def test_any_field_passes_through_and_several_pictures_are_numbered(
+    script: Script, platform: Platform, client: Client, tmp_path: Path
+):
+    platform.faults += [Fault("/status/", status=502)]
+    fields = ("num_images=2", "seed=3", "guidance_scale=5.5", "negative_prompt=a = b")
+    ran = run([*script, "the sea", *fields], tmp_path, **environment(platform))
+    assert (ran.stdout, ran.returncode) == ("picture-1.png seed 3\npicture-2.png seed 4\n", 0), ran.stderr
+    parameters = Image.open(tmp_path / "picture-2.png").text["parameters"]
+    assert parameters.startswith("the sea\nNegative prompt: a = b\n")
+    assert "CFG scale: 5.5, Seed: 4, " in parameters
+
+
+def test_picture_in_a_bucket_is_downloaded(script: Script, tmp_path: Path):
+    with serving() as platform:
+        output = {"image_url": f"{platform.url}/link", "seed": 1, "output_format": "webp", "warnings": ["careful"]}
+        answer = json.dumps({"id": "1", "status": "COMPLETED", "output": output})
+        platform.faults += [Fault("/status/", text=answer), Fault("/link", text="a picture")]
+        ran = run([*script, "the sea"], tmp_path, **environment(platform))
+    assert (ran.stdout, ran.returncode) == ("picture.webp seed 1\n", 0)
+    assert ran.stderr.endswith("warning: careful\n")
+    assert (tmp_path / "picture.webp").read_text() == "a picture"
+
+
+def test_local_server_of_the_sdk_works_as_an_endpoint(
+    script: Script, local_server: str, platform: Platform, tmp_path: Path
+):
+    here = environment(platform, ENDPOINT_URL=f"{local_server}/")
+    ran = run([*script, "a cat", "num_inference_steps=2"], tmp_path, **here)
+    assert ran.returncode == 0 and NOT_UNDERSTOOD in ran.stderr
+    assert Image.open(tmp_path / "picture.png").size == (128, 128)
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "error"),
+    [
+        (["width=65"], {}, "ended as FAILED: invalid input: width: must be a multiple of 8, got 65"),
+        (["sea"], {}, "is not FIELD=VALUE; a prompt of several words needs quotes"),
+        ([], {"RUNPOD_API_KEY": "wrong"}, "401"),
+        ([], {"ENDPOINT_URL": "localhost"}, ""),
+        ([], {"ENDPOINT_URL": ""}, "set ENDPOINT_ID and RUNPOD_API_KEY, or ENDPOINT_URL"),
+    ],
+)
+def test_error_is_reported_in_one_line(
+    script: Script,
+    platform: Platform,
+    client: Client,
+    tmp_path: Path,
+    fields: list[str],
+    settings: dict[str, str],
+    error: str,
+):
+    assert error in error_of(script, platform, tmp_path, *fields, **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_endpoint_that_cannot_be_reached_is_named(script: Script, platform: Platform, tmp_path: Path):
+    if script[0] == sys.executable:
+        pytest.skip("the SDK tries for half a minute")
+    assert "127.0.0.1:2" in error_of(script, platform, tmp_path, ENDPOINT_URL="http://127.0.0.1:2/x")
+
+
+def test_job_that_is_cancelled_is_an_error(script: Script, tmp_path: Path):
+    with ending_its_job("CANCELLED") as platform:
+        assert "ended as CANCELLED" in error_of(script, platform, tmp_path)
 
 
 def test_value_is_a_number_unless_its_field_is_text_or_json_cannot_hold_it(script: Script, tmp_path: Path):
@@ -98,7 +166,7 @@ def test_answer_that_is_not_from_runpod_ends_a_script(script: Script, tmp_path: 
     assert error == "this is not an answer from RunPod: check ENDPOINT_URL" or (answer == "<html>" and error)
 
 
-@pytest.mark.parametrize("output", ["a text", ["a text"], {"text": "a text"}])
+@pytest.mark.parametrize("output", [None, "a text", ["a text"], {"text": "a text"}])
 def test_output_without_a_picture_is_told(script: Script, tmp_path: Path, output: object):
     with ending_its_job("COMPLETED", {"output": output}) as platform:
         assert "no picture" in error_of(script, platform, tmp_path)
@@ -114,6 +182,7 @@ CHUNKED = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
         pytest.param("/link", {"raw": f"{CHUNKED}400\r\nhalf a picture"}, id="cut off"),
         pytest.param("/link", {"raw": "<html>Bad Gateway</html>"}, id="no HTTP"),
         pytest.param("/a link", {"status": 403}, id="a space"),
+        pytest.param("/link", {"drop": True}, id="no answer"),
     ],
 )
 def test_download_that_breaks_leaves_an_older_file_as_it_was(
