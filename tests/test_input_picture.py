@@ -153,6 +153,7 @@ def with_hole(color: str, size: tuple[int, int] = (64, 64)) -> Image.Image:
         (with_hole("black").convert("RGB"), ["mask: nowhere white, so nothing was painted anew"]),
         (plain("#7f7f7f"), ["mask: nowhere white, so nothing was painted anew"]),
         (plain("white", (100, 96)).convert("RGBA"), []),
+        (Image.new("RGBA", (64, 64), (0, 0, 0, 129)), ["mask: nowhere white, so nothing was painted anew"]),
         (with_hole("black"), ["mask: its transparent parts count as white, and were painted anew"]),
         (
             with_hole("white", (96, 64)),

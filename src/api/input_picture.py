@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Annotated
 
 # Pillow knows a format once its plugin is imported
-from PIL import Image, ImageChops, ImageOps, PngImagePlugin, WebPImagePlugin  # noqa: F401
+from PIL import Image, ImageOps, PngImagePlugin, WebPImagePlugin  # noqa: F401
 from PIL.JpegImagePlugin import JpegImageFile
 from pydantic import BeforeValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError, PydanticKnownError
@@ -81,7 +81,7 @@ def decode(file: bytes) -> Image.Image:
 
     Returns:
         An upright RGB picture of at most ``MAX_SIDE`` pixels each way, white where the file's is transparent; its
-        ``info`` says under ``TRANSPARENT`` whether that is anywhere.
+        ``info`` says under ``TRANSPARENT`` whether any of it is by half or more.
 
     Raises:
         PydanticCustomError: if the file is damaged, too large or of another format.
@@ -125,7 +125,7 @@ def _on_white(picture: Image.Image) -> Image.Image:
         return picture.convert("RGB")
     picture = picture.convert("RGBA")
     white = Image.new("RGB", picture.size, "white")
-    white.info[TRANSPARENT] = bool(ImageChops.invert(picture.getchannel("A")).getbbox())
+    white.info[TRANSPARENT] = bool(picture.getchannel("A").point(lambda alpha: 255 * (alpha < 128)).getbbox())
     # alpha_composite would hold the GIL for half a second
     white.paste(picture, mask=picture)
     return white
