@@ -154,6 +154,7 @@ RENAME = "if these are the weights that you want, give them that name"
                 "tokenizer/merges.txt",
             )
         ),
+        (lambda folder: (folder / "tokenizer" / "merges.txt").write_text(""), "tokenizer/merges.txt is empty"),
         *(
             (lambda folder, name=name: (folder / name).write_text("[]"), f"cannot read {name}: it holds no JSON object")
             for name in (

@@ -138,8 +138,8 @@ def _check_configs(folder: Path, index: dict[str, Any], files: Set[str]) -> None
             "the text encoder is another model's"
         )
     for name in TOKENIZER if "tokenizer/tokenizer.json" not in files else TOKENIZER[:1]:
-        if name not in files:
-            raise StartError(f"{name} is missing")
+        if name not in files or not (folder / name).stat().st_size:
+            raise StartError(f"{name} is {'empty' if name in files else 'missing'}")
     read_json(folder, TOKENIZER[0])
     scheduler = read_json(folder, "scheduler/scheduler_config.json")
     if index["scheduler"][1] == "PNDMScheduler" and not scheduler.get("skip_prk_steps"):
