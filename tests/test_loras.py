@@ -175,6 +175,12 @@ def with_tensor(name: str) -> Callable[[Tensors], Tensors]:
         (with_tensor("bundle_emb.cat.clip_l"), "it holds tensors that belong to no LoRA, such as an embedding's"),
         (with_tensor("lora_unet_x.lora_mid.weight"), "a LoCon with Tucker decomposition, which cannot be merged"),
         (with_tensor("lora_unet_x.dora_scale"), "a DoRA, which cannot be merged"),
+        (with_tensor("unet.x.lora_magnitude_vector"), "a DoRA, which cannot be merged"),
+        (with_tensor("transformer.transformer_blocks.0.x.lora_A.weight"), "a LoRA for Stable Diffusion 3 or Flux"),
+        (
+            lambda _: {"unet.x.attn2.to_k.lora.down.weight": torch.zeros(4, 768)},
+            "a LoRA for Stable Diffusion 1.x, the model is another model",
+        ),
         (
             with_down(lambda tensor: tensor.new_zeros(4, 999)),
             "it does not fit this model: its tensors have other shapes",

@@ -9,7 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from huggingface_hub import constants
+from httpx2 import ReadTimeout
+from huggingface_hub import close_session, constants, get_session
 
 from src.errors import StartError
 from src.model import repository
@@ -241,6 +242,7 @@ def test_refusal_by_the_hub_is_reported_in_one_line(v1_4_repository: Path, tmp_p
         ({"LORA": "/nowhere/a.safetensors"}, "LORA=/nowhere/a.safetensors: no such file or directory"),
         ({"LORA": f"{REPO}/a.safetensors"}, f"LORA={REPO}/a.safetensors: {REPO} has no file a.safetensors"),
         ({"LORA": f"{REPO}/checkpoint.safetensors"}, f"LORA={REPO}/checkpoint.safetensors: no LoRA, but a checkpoint"),
+        ({"LORA": f"{REPO}/page.safetensors"}, "page.safetensors is no safetensors file, whatever its name says"),
         ({"BASE_MODEL": "/nowhere"}, "BASE_MODEL=/nowhere: no such file or directory"),
         ({"BASE_MODEL": f"{REPO}/x"}, f"BASE_MODEL={REPO}/x: neither a directory, a file, nor a hub id"),
     ],
@@ -249,6 +251,7 @@ def test_nothing_large_is_downloaded_while_another_setting_is_wrong(
     copy: Path, tmp_path: Path, settings: dict[str, str], said: str
 ):
     make_checkpoint(copy, copy / "checkpoint.safetensors")
+    (copy / "page.safetensors").write_text("<!doctype html>" * 100)
     checkpoint = {"MODEL_ID": f"{REPO}/checkpoint.safetensors"}
     with hub.serve(REPO, copy) as (address, fetched):
         online = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), **settings}
@@ -265,6 +268,15 @@ def test_silent_hub_is_given_up(tmp_path: Path):
         for model_id in (REPO, f"{REPO}/a.safetensors"):
             said = find({"MODEL_ID": model_id, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}, max_silence=0.5)
             assert said == f"may recover: MODEL_ID={model_id}: in no local cache, and the hub cannot be reached\n"
+
+
+def test_every_new_client_of_the_hub_gives_up_on_silence():
+    # huggingface_hub closes its client after an error of a connection
+    close_session()
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.MonkeyPatch.context() as patched:
+        patched.setattr("src.model.hub.MAX_SILENCE", 0.1)
+        with pytest.raises(ReadTimeout):
+            get_session().get(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=None)
 
 
 ALL = set(WEIGHTS)

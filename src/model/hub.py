@@ -5,14 +5,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from httpx2 import Request, TransportError
-from huggingface_hub import HfApi, constants, get_session, snapshot_download
+from httpx2 import Client, Request, TransportError
+from huggingface_hub import HfApi, constants, set_client_factory, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    SafetensorsParsingError,
 )
+from huggingface_hub.utils._http import default_client_factory
 
 from src.errors import StartError, condensed, one_line
 from src.model.single_file import Shapes
@@ -84,9 +86,6 @@ class HubRepository:
 
     def list_files(self) -> set[str]:
         """Asks the hub for the names of its files."""
-        hooks = get_session().event_hooks["request"]
-        if _bound not in hooks:
-            hooks.append(_bound)
         # tried only once; without it, snapshot_download would try for half a minute to reach the hub
         listing = HfApi(token=self.token).model_info(self.id, revision=self._commit or constants.DEFAULT_REVISION)
         return {sibling.rfilename for sibling in listing.siblings or ()}
@@ -94,7 +93,10 @@ class HubRepository:
     def read_shapes(self, file: str) -> Shapes:
         """Asks the hub for the header of a safetensors file, which is a thousandth of it or less."""
         api = HfApi(token=self.token)
-        header = api.parse_safetensors_file_metadata(self.id, file, revision=self._commit)
+        try:
+            header = api.parse_safetensors_file_metadata(self.id, file, revision=self._commit)
+        except SafetensorsParsingError as error:
+            raise StartError(f"{file} is no safetensors file, whatever its name says") from error
         return {name: tensor.shape for name, tensor in header.tensors.items()}
 
     def download(self, patterns: Iterable[str]) -> Path:
@@ -113,10 +115,20 @@ class HubRepository:
                 yield name
 
 
-def _bound(request: Request) -> None:
-    """An event hook of httpx2's client, which gives a request time-outs where it has none."""
-    timeouts = request.extensions["timeout"]
-    request.extensions["timeout"] = {step: seconds or MAX_SILENCE for step, seconds in timeouts.items()}
+def _new_client() -> Client:
+    """huggingface_hub's own client, but with time-outs for the requests to which it gives none."""
+
+    def bound(request: Request) -> None:
+        timeouts = request.extensions["timeout"]
+        request.extensions["timeout"] = {step: seconds or MAX_SILENCE for step, seconds in timeouts.items()}
+
+    client = default_client_factory()
+    client.event_hooks["request"].append(bound)
+    return client
+
+
+# it makes a new one after each error of a connection
+set_client_factory(_new_client)
 
 
 @contextmanager

@@ -151,6 +151,12 @@ def version(context: int | None) -> str:
 
 def context_width(shapes: Shapes) -> int | None:
     """Returns the channels of the context that a UNet attends to, or a LoRA for one."""
-    ends = ("attn2.to_k.weight", "attn2_to_k.lora_down.weight", "attn2.to_k.lora_A.weight", "to_k_lora.down.weight")
+    ends = (
+        "attn2.to_k.weight",
+        "attn2_to_k.lora_down.weight",
+        "attn2.to_k.lora_A.weight",
+        "attn2.to_k.lora.down.weight",
+        "to_k_lora.down.weight",
+    )
     found = (shape for name, shape in shapes.items() if name.endswith(ends) and "attn2" in name and len(shape) > 1)
     return next((shape[1] for shape in found), None)
