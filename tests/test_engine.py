@@ -383,6 +383,8 @@ def test_slow_or_idle_device_is_not_lost(monkeypatch: pytest.MonkeyPatch):
     engine = Engine(Slow(), 4, stall_timeout=5 * stall_watch.INTERVAL)
     (result,) = generate_together(engine, request(num_inference_steps=6))
     assert seeds(result) == [3]
+    # a batch ends a little after its result has come
+    asyncio.run(until_idle(engine))
     # idle for longer than the time-out
     pauses.pass_by(6)
     engine.warm_up()
