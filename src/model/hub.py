@@ -36,7 +36,6 @@ PASSING = (408, 425, 429)
 MAX_SILENCE = 30.0
 """In seconds: how long the hub may take for each step of an answer. huggingface_hub would wait for ever."""
 
-NO_NAME = f"neither a path on this machine, nor a hub id such as {DEFAULT_MODEL_ID}, nor owner/name/file.safetensors"
 OFFLINE = (
     "HF_HUB_OFFLINE=1 forbids a download: choose it as the endpoint's Model, or set HF_HUB_OFFLINE=0 to download it"
 )
