@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import save_file
 
 from src.errors import JobError
 from src.generation.attention import enable_attention_slicing
@@ -26,14 +28,19 @@ from src.schedulers import SCHEDULERS
 from tests.bench import cold_start
 from tests.support import engines, faulty_worker, internals
 from tests.support.client import Client
-from tests.support.engines import generate, pipe_of, request_for
+from tests.support.engines import generate, pipe_of, request_for, runner_of
+from tests.support.pictures import in_base64
 from tests.support.platform_stub import serving
 from tests.support.processes import python
+from tests.support.single_files import expected_change, kohya, layers_of, make_checkpoint, trained
 
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.float16) if CUDA else ("cpu", torch.float32)
+PICTURE = {"image": in_base64(Image.linear_gradient("L").convert("RGB"))}
+TASKS = {"picture": PICTURE, "mask": PICTURE | {"mask": in_base64(Image.radial_gradient("L"))}}
+"""What a request for an image that starts from a picture has besides."""
 real_device = pytest.mark.skipif(not CUDA, reason="tests the device itself")
 
 
@@ -43,6 +50,14 @@ def model(v1_4_repository: Path) -> Path:
         return v1_4_repository
     cold_start.ensure_models(cold_start.MODELS)
     return cold_start.MODELS / "baked"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A single file with the weights of ``model``."""
+    if not CUDA:
+        return make_checkpoint(model, tmp_path_factory.mktemp("single") / "checkpoint.safetensors")
+    return cold_start.MODELS / "checkpoint.safetensors"
 
 
 @pytest.fixture(scope="module", params=["off", "graphs"])
@@ -67,6 +82,21 @@ def pixels(engine: Engine, **job_input: Any) -> np.ndarray:
 def difference(some: np.ndarray, others: np.ndarray) -> float:
     """Returns the mean difference of pictures, 0 to 255: 40 for two seeds of the full-size model, as measured."""
     return float(np.abs(some - others).mean())
+
+
+def test_checkpoint_gives_the_picture_of_the_directory(model: Path, checkpoint: Path, pipe: StableDiffusionPipeline):
+    engine = engines.build(checkpoint, base_model=str(model))
+    assert difference(pixels(engine), pixels(engines.around(pipe))) < 1
+    engines.shut_down(engine)
+
+
+def test_lora_is_merged_on_the_device(model: Path, pipe: StableDiffusionPipeline, tmp_path: Path):
+    tensors = kohya(*layers_of(pipe, trained))
+    save_file(tensors, tmp_path / "detail.safetensors")
+    merged = pipe_of(engines.build(model, lora=f"{tmp_path}/detail.safetensors:0.7"))
+    layer = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
+    before, after = (each.unet.get_submodule(layer).weight.float().cpu() for each in (pipe, merged))
+    torch.testing.assert_close(after - before, expected_change(tensors, layer, 0.7), rtol=1e-2, atol=1e-3)
 
 
 def unet_inputs(pipe: StableDiffusionPipeline, images: int = 2, shrunk: int = 1) -> Inputs:
@@ -104,9 +134,29 @@ def test_every_scheduler_generates(engine: Engine, scheduler: str):
     assert difference(first, second) > 0
 
 
-def test_largest_size_generates(engine: Engine):
-    size = engine.limits.max_size
-    assert pixels(engine, width=size, height=size).shape == (1, size, size, 3)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("task", TASKS)
+def test_every_scheduler_generates_from_a_picture(engine: Engine, task: str, scheduler: str):
+    # KLMS cannot begin in the middle
+    strength = 1 if scheduler == "KLMS" else 0.8
+    job_input = TASKS[task] | {"scheduler": scheduler, "num_inference_steps": 5, "strength": strength}
+    together = pixels(engine, seed=1, num_images=2, **job_input)
+    alone = np.concatenate([pixels(engine, seed=seed, **job_input) for seed in (1, 2)])
+    assert difference(together, alone) < 2
+    assert difference(*together) > 0
+
+
+@pytest.mark.parametrize("task", ["text", *TASKS])
+def test_largest_request_fits_in_a_card_of_24_gb(engine: Engine, task: str):
+    size, images = engine.limits.max_size, 4
+    if CUDA:
+        runner_of(engine).release_memory()
+        torch.cuda.reset_peak_memory_stats()
+    job_input = TASKS.get(task, {}) | {"width": size, "height": size, "num_images": images}
+    assert pixels(engine, **job_input).shape == (images, size, size, 3)
+    if CUDA:
+        # other tests' pipelines included
+        assert torch.cuda.max_memory_reserved() < 20 * 2**30
 
 
 @pytest.mark.parametrize("scheduler", ["K_EULER_ANCESTRAL", "PNDM"])

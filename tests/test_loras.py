@@ -17,7 +17,7 @@ from src.settings import Settings
 from tests.support import forks, hub
 from tests.support.engines import build, generate, pipe_of
 from tests.support.processes import run_handler
-from tests.support.single_files import Layer, Tensors, kohya, kohya_of_2022, layers_of, peft
+from tests.support.single_files import Tensors, expected_change, kohya, kohya_of_2022, layers_of, peft, trained
 from tests.support.v1_4 import SMALL, make_repository
 
 Names = Callable[..., Tensors]
@@ -36,23 +36,9 @@ def plain(v1_shaped: Path) -> StableDiffusionPipeline:
     return StableDiffusionPipeline.from_pretrained(v1_shaped)
 
 
-def trained(layer: Layer) -> bool:
-    """What kohya's scripts train: attention, its feed-forward layers and projections, and all of the text encoder."""
-    return "attentions" in layer[0] or "encoder.layers" in layer[0]
-
-
 def make(file: Path, pipe: StableDiffusionPipeline, names: Names = kohya, wanted: Any = trained) -> Path:
     save_file(names(*layers_of(pipe, wanted)), file)
     return file
-
-
-def expected_change(tensors: Tensors, layer: str, scale: float) -> torch.Tensor:
-    """scale x alpha / rank x up x down."""
-    key = f"lora_te_text_model_{layer}" if layer.startswith("encoder.layers") else f"lora_unet_{layer}"
-    key = key.replace(".", "_")
-    up, down = tensors[f"{key}.lora_up.weight"], tensors[f"{key}.lora_down.weight"]
-    change = (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:])
-    return scale * tensors[f"{key}.alpha"] / len(down) * change
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,11 @@ def layers_of(pipe: StableDiffusionPipeline, wanted: Callable[[Layer], bool]) ->
     return unet, text_encoder
 
 
+def trained(layer: Layer) -> bool:
+    """What kohya's scripts train: attention, its feed-forward layers and projections, and all of the text encoder."""
+    return "attentions" in layer[0] or "encoder.layers" in layer[0]
+
+
 def factors(module: torch.nn.Module, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random matrices down and up."""
     out, inside, *kernel = module.weight.shape
@@ -162,6 +167,15 @@ def kohya(unet: Iterable[Layer], text_encoder: Iterable[Layer], rank: int = 4, a
                 f"{key}.alpha": torch.tensor(alpha),
             }
     return tensors
+
+
+def expected_change(tensors: Tensors, layer: str, scale: float) -> torch.Tensor:
+    """What merging kohya's LoRA adds to a layer: scale x alpha / rank x up x down."""
+    key = f"lora_te_text_model_{layer}" if layer.startswith("encoder.layers") else f"lora_unet_{layer}"
+    key = key.replace(".", "_")
+    up, down = tensors[f"{key}.lora_up.weight"], tensors[f"{key}.lora_down.weight"]
+    change = (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:])
+    return scale * tensors[f"{key}.alpha"] / len(down) * change
 
 
 def kohya_of_2022(unet: Iterable[Layer], text_encoder: Iterable[Layer]) -> Tensors:
