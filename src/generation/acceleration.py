@@ -1,8 +1,9 @@
-"""What makes a loaded pipeline faster or smaller: decoding image by image, attention slicing, CUDA graphs."""
+"""What makes a loaded pipeline faster or smaller: decoding image by image, attention slicing, memory layout, graphs."""
 
 from diffusers import StableDiffusionPipeline
 
 from src.generation.attention import enable_attention_slicing
+from src.generation.channels_last import use_channels_last
 from src.generation.cuda_graphs import Capture, GraphedStep
 from src.generation.timesteps import accept_from_cpu
 from src.settings import Settings
@@ -20,6 +21,8 @@ def accelerate(pipe: StableDiffusionPipeline, settings: Settings) -> GraphedStep
     graphs = None
     if settings.acceleration == "graphs" and pipe.device.type == "cuda":
         pipe.fuse_qkv_projections()
+        for model in (pipe.unet, pipe.vae):
+            use_channels_last(model)
         graphs = pipe.unet.forward = GraphedStep(pipe.unet.forward, Capture())
     # after fusing, which replaces the attention processors
     enable_attention_slicing(pipe, settings.attention_slicing)

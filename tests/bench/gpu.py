@@ -18,7 +18,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -36,11 +35,13 @@ from runpod import RunPodLogger
 from torch.utils.flop_counter import FlopCounterMode
 
 import handler
+from src.api.limits import MAX_IMAGES
 from src.api.request import ImageRequest
 from src.model import loading
 from src.settings import Settings
 from tests.bench import cold_start
-from tests.support.engines import pipe_of, shut_down
+from tests.support.engines import pipe_of, runner_of, shut_down
+from tests.support.pictures import TASKS
 from tests.support.v1_4 import make_repository
 
 PLAIN = "plain diffusers"
@@ -97,31 +98,24 @@ class TimedPipeline(StableDiffusionPipeline):
         return generated
 
 
-@contextmanager
-def channels_last(pipe: StableDiffusionPipeline) -> Iterator[None]:
-    pipe.unet.to(memory_format=torch.channels_last)
-    yield
-
-
-@dataclass(frozen=True)
-class Variant:
-    """This worker with some settings, and with a change to its pipeline that is no setting."""
-
-    settings: dict[str, Any]
-    reference: str | None
-    """The variant that it is compared with."""
-    change: Callable[[StableDiffusionPipeline], AbstractContextManager[None]] = lambda pipe: nullcontext()
+def restore_group_norms(pipe: StableDiffusionPipeline) -> None:
+    """Gives PyTorch's own group norms back to a pipeline in ``channels_last``."""
+    for model in (pipe.unet, pipe.vae):
+        for module in model.modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                vars(module).pop("forward", None)
 
 
 DEFAULTS, EAGER = "this worker", "ACCELERATION=off"
-SETTINGS = {
-    DEFAULTS: Variant({}, None),
-    "ATTENTION_SLICING=off": Variant({"attention_slicing": "off"}, DEFAULTS),
-    EAGER: Variant({"acceleration": "off"}, DEFAULTS),
-    f"{EAGER} ATTENTION_SLICING=off": Variant({"acceleration": "off", "attention_slicing": "off"}, DEFAULTS),
+SETTINGS: dict[str, dict[str, Any]] = {
+    DEFAULTS: {},
+    "ATTENTION_SLICING=off": {"attention_slicing": "off"},
+    EAGER: {"acceleration": "off"},
+    f"{EAGER} ATTENTION_SLICING=off": {"acceleration": "off", "attention_slicing": "off"},
 }
 """By what is set."""
-CHANGES = {"channels_last UNet": Variant({}, DEFAULTS, channels_last)}
+CHANGES = {"PyTorch's group norms": restore_group_norms}
+"""What is changed in the pipeline of this worker: it tells when a patch can go."""
 
 
 def timestamp() -> Any:
@@ -223,11 +217,17 @@ def measure_plain(models: Path, steps: int, runs: int, *, sliced: bool) -> Rows:
     return [replace(measure_calls(generate, images, runs), **step_times(pipe, images, runs)) for images in BATCH_SIZES]
 
 
-def measure_worker(models: Path, steps: int, runs: int, variant: Variant) -> tuple[Rows, float]:
+def measure_worker(
+    models: Path,
+    steps: int,
+    runs: int,
+    settings: dict[str, Any],
+    change: Callable[[StableDiffusionPipeline], None] = lambda pipe: None,
+) -> tuple[Rows, float]:
     """What its calls take, and the median of what the device waits between two of them that are queued."""
     free_device()
     engine = handler.build_engine(
-        Settings(model_id=str(models / "baked"), max_batch_images=max(BATCH_SIZES), **variant.settings)
+        Settings(model_id=str(models / "baked"), max_batch_images=max(BATCH_SIZES), **settings)
     )
 
     def request(**job_input: Any) -> ImageRequest:
@@ -242,17 +242,32 @@ def measure_worker(models: Path, steps: int, runs: int, variant: Variant) -> tup
         await asyncio.gather(*(engine.generate(request(guidance_scale=scale)) for scale in (7, 8)))
 
     pipe, waits = pipe_of(engine), []
-    with variant.change(pipe):
-        measured = [
-            replace(measure_calls(generate, images, runs), **step_times(pipe, images, runs)) for images in BATCH_SIZES
-        ]
-        for _ in range(runs):
-            TimedPipeline.calls.clear()
-            asyncio.run(generate_both())
-            (_, first_ends), (second_begins, _) = TimedPipeline.calls
-            waits.append(milliseconds(first_ends, second_begins))
+    change(pipe)
+    measured = [
+        replace(measure_calls(generate, images, runs), **step_times(pipe, images, runs)) for images in BATCH_SIZES
+    ]
+    for _ in range(runs):
+        TimedPipeline.calls.clear()
+        asyncio.run(generate_both())
+        (_, first_ends), (second_begins, _) = TimedPipeline.calls
+        waits.append(milliseconds(first_ends, second_begins))
     shut_down(engine)
     return measured, median(waits)
+
+
+def measure_largest(models: Path) -> dict[str, int]:
+    """The most bytes that PyTorch reserves for a request of the largest size and number of images, by its task."""
+    free_device()
+    engine = handler.build_engine(Settings(model_id=str(models / "baked"), max_batch_images=MAX_IMAGES))
+    size = engine.limits.max_size
+    largest = {"num_images": MAX_IMAGES, "width": size, "height": size, "num_inference_steps": 4}
+    memory = {}
+    for task, pictures in TASKS.items():
+        request = ImageRequest.parse({"prompt": PROMPT} | largest | pictures, engine.limits)
+        memory[task] = measure_calls(lambda _, request=request: asyncio.run(engine.generate(request)), 1, 1).memory
+        runner_of(engine).release_memory()
+    shut_down(engine)
+    return memory
 
 
 def floor(models: Path, steps: int) -> tuple[float, float]:
@@ -292,10 +307,8 @@ def advice(rows: dict[str, Rows]) -> Iterator[str]:
         limit = "host is the limit, which graphs relieve" if one.host > one.device else "device is the limit"
         took = f"the host {one.host:.1f} ms, the device {one.device:.1f} ms"
         yield f"why: without graphs, a step of {images} takes {took}: the {limit}"
-    for name, variant in CHANGES.items():
-        if variant.reference:
-            verdict = "worth a setting" if gain(name, variant.reference) >= MIN_GAIN else "not worth a setting"
-            yield f"{name}: {verdict}, {compared(name, variant.reference)}"
+    for name in CHANGES:
+        yield f"{name}: {compared(name, DEFAULTS)}"
 
 
 def main() -> None:
@@ -348,12 +361,17 @@ def report(models: Path, steps: int, runs: int, price: float | None) -> None:
     show(PLAIN, measure_plain(models, steps, runs, sliced=False))
     show(f"{PLAIN}, slicing", measure_plain(models, steps, runs, sliced=True))
     show("baseline handler, loads each time", measure_baseline(models, steps, min(runs, 3)))
-    for name, variant in (SETTINGS | CHANGES).items():
-        measured, waits[name] = measure_worker(models, steps, runs, variant)
+    for name, settings in SETTINGS.items():
+        measured, waits[name] = measure_worker(models, steps, runs, settings)
+        show(name, measured)
+    for name, change in CHANGES.items():
+        measured, _ = measure_worker(models, steps, runs, {}, change)
         show(name, measured)
     print()
     for name in SETTINGS:
         print(f"device idle between two queued calls, {name}: {waits[name]:.1f} ms")
+    most = ", ".join(f"{memory / 2**30:.2f} GiB ({task})" for task, memory in measure_largest(models).items())
+    print(f"{MAX_IMAGES} images of the largest size: {most}")
     operations, rate = floor(models, steps)
     print(f"floor: {operations / 1e12:.3g} TFLOP a picture / {rate / 1e12:.3g} TFLOP/s = {operations / rate:.3f} s")
     for card, (by_operations, by_roofline) in FLOORS.items():
