@@ -3,8 +3,8 @@
 from diffusers import StableDiffusionPipeline
 
 from src.generation.attention import enable_attention_slicing
-from src.generation.channels_last import use_channels_last
 from src.generation.cuda_graphs import Capture, GraphedStep
+from src.generation.memory_layout import use_fastest_layout
 from src.generation.timesteps import accept_from_cpu
 from src.settings import Settings
 
@@ -22,7 +22,7 @@ def accelerate(pipe: StableDiffusionPipeline, settings: Settings) -> GraphedStep
     if settings.acceleration == "graphs" and pipe.device.type == "cuda":
         pipe.fuse_qkv_projections()
         for model in (pipe.unet, pipe.vae):
-            use_channels_last(model)
+            use_fastest_layout(model)
         graphs = pipe.unet.forward = GraphedStep(pipe.unet.forward, Capture())
     # after fusing, which replaces the attention processors
     enable_attention_slicing(pipe, settings.attention_slicing)

@@ -4,8 +4,8 @@ One run on one device, with a full-size v1-4 of random weights, which is as fast
 baseline's handler, this worker with each of its settings, and this worker with what is no setting yet, for one picture
 and for a batch of four. A step is one call of the UNet with guidance: ``host ms`` is how long the host needs to launch
 it, ``device ms`` how long the device needs to compute it once it is launched; the longer of the two is what it takes.
-Also the time for which the device waits between two queued calls, the floor (a picture's operations by count over the
-device's measured matrix rate), and what to set on this device.
+``idle ms`` is how long the device waits between two queued calls. Also the memory of the largest requests, the floor (a
+picture's operations by count over the device's measured matrix rate), and what to set on this device.
 
 ``--small`` does the same with a shrunken model, which any CPU can: it shows that the bench works and nothing else.
 """
@@ -79,6 +79,8 @@ class Measurement:
     host: float = float("nan")
     """Milliseconds of a step."""
     device: float = float("nan")
+    idle: float = float("nan")
+    """Milliseconds for which the device waits between two queued calls."""
 
 
 Rows = list[Measurement]
@@ -214,7 +216,8 @@ def measure_plain(models: Path, steps: int, runs: int, *, sliced: bool) -> Rows:
     def generate(images: int) -> None:
         pipe([PROMPT] * images, num_inference_steps=steps)
 
-    return [replace(measure_calls(generate, images, runs), **step_times(pipe, images, runs)) for images in BATCH_SIZES]
+    measured = [measure_calls(generate, images, runs, warm_ups=1) for images in BATCH_SIZES]
+    return [replace(each, **step_times(pipe, images, runs)) for each, images in zip(measured, BATCH_SIZES, strict=True)]
 
 
 def measure_worker(
@@ -223,8 +226,7 @@ def measure_worker(
     runs: int,
     settings: dict[str, Any],
     change: Callable[[StableDiffusionPipeline], None] = lambda pipe: None,
-) -> tuple[Rows, float]:
-    """What its calls take, and the median of what the device waits between two of them that are queued."""
+) -> Rows:
     free_device()
     engine = handler.build_engine(
         Settings(model_id=str(models / "baked"), max_batch_images=max(BATCH_SIZES), **settings)
@@ -252,7 +254,7 @@ def measure_worker(
         (_, first_ends), (second_begins, _) = TimedPipeline.calls
         waits.append(milliseconds(first_ends, second_begins))
     shut_down(engine)
-    return measured, median(waits)
+    return [replace(each, idle=median(waits)) for each in measured]
 
 
 def measure_largest(models: Path) -> dict[str, int]:
@@ -342,10 +344,9 @@ def main() -> None:
 def report(models: Path, steps: int, runs: int, price: float | None) -> None:
     print(f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, PyTorch {torch.__version__}, {steps} steps")
     columns = f"{'':<42}{'images':>7}{'s/picture':>11}{'pictures/s':>12}{'x plain':>9}{'GiB':>7}"
-    columns += f"{'host ms':>9}{'device ms':>11}"
+    columns += f"{'host ms':>9}{'device ms':>11}{'idle ms':>9}"
     print(columns + (f"{'$/1000':>9}" if price else ""))
     rows: dict[str, Rows] = {}
-    waits: dict[str, float] = {}
 
     def show(name: str, measured: Rows) -> None:
         rows[name] = measured
@@ -354,24 +355,21 @@ def report(models: Path, steps: int, runs: int, price: float | None) -> None:
             rate = images / one.seconds
             print(
                 f"{name:<42}{images:>7}{1 / rate:>11.3f}{rate:>12.3f}{speed:>9.2f}{one.memory / 2**30:>7.2f}"
-                f"{one.host:>9.1f}{one.device:>11.1f}" + (f"{1000 * price / rate:>9.3f}" if price else ""),
+                f"{one.host:>9.1f}{one.device:>11.1f}{one.idle:>9.1f}"
+                + (f"{1000 * price / rate:>9.3f}" if price else ""),
                 flush=True,
             )
 
     show(PLAIN, measure_plain(models, steps, runs, sliced=False))
+    for name, settings in SETTINGS.items():
+        show(name, measure_worker(models, steps, runs, settings))
+    for name, change in CHANGES.items():
+        show(name, measure_worker(models, steps, runs, {}, change))
+    for task, memory in measure_largest(models).items():
+        print(f"{f'{DEFAULTS}, largest request ({task})':<42}{MAX_IMAGES:>7}{memory / 2**30:>39.2f}", flush=True)
     show(f"{PLAIN}, slicing", measure_plain(models, steps, runs, sliced=True))
     show("baseline handler, loads each time", measure_baseline(models, steps, min(runs, 3)))
-    for name, settings in SETTINGS.items():
-        measured, waits[name] = measure_worker(models, steps, runs, settings)
-        show(name, measured)
-    for name, change in CHANGES.items():
-        measured, _ = measure_worker(models, steps, runs, {}, change)
-        show(name, measured)
     print()
-    for name in SETTINGS:
-        print(f"device idle between two queued calls, {name}: {waits[name]:.1f} ms")
-    most = ", ".join(f"{memory / 2**30:.2f} GiB ({task})" for task, memory in measure_largest(models).items())
-    print(f"{MAX_IMAGES} images of the largest size: {most}")
     operations, rate = floor(models, steps)
     print(f"floor: {operations / 1e12:.3g} TFLOP a picture / {rate / 1e12:.3g} TFLOP/s = {operations / rate:.3f} s")
     for card, (by_operations, by_roofline) in FLOORS.items():

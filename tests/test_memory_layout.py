@@ -1,4 +1,4 @@
-"""Models in channels_last compute what diffusers' do, and convert no activation."""
+"""Models in the fastest layout compute what those of diffusers do, and convert no activation."""
 
 import copy
 from collections import Counter
@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin, StableDiffusionPipeline, UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src.generation.channels_last import use_channels_last
+from src.generation.memory_layout import use_fastest_layout
 from tests.support.layouts import SMALL_V2
 from tests.support.v1_4 import SMALL
 
@@ -56,7 +56,7 @@ def test_group_norm_equals_pytorchs(shape: tuple[int, ...], scale: float, mean: 
     model = Norm(shape[1], eps=1e-6)
     pixels = (mean + torch.randn(shape)) * scale
     expected = model.norm(pixels)
-    use_channels_last(model)
+    use_fastest_layout(model)
     got = model.norm(pixels.contiguous(memory_format=torch.channels_last))
     assert got.is_contiguous(memory_format=torch.channels_last)
     close(got, expected)
@@ -71,7 +71,7 @@ def test_group_norm_of_large_float16_does_not_overflow():
     # their variance is beyond float16
     pixels = (1000 * torch.randn(1, 8, 16, 16)).half()
     expected = model.float().norm(pixels.float())
-    use_channels_last(model.half())
+    use_fastest_layout(model.half())
     got = model.norm(pixels.contiguous(memory_format=torch.channels_last))
     torch.testing.assert_close(got.float(), expected, atol=1e-2, rtol=1e-2)
 
@@ -84,7 +84,7 @@ def test_unet_predicts_the_same_and_converts_nothing(unet: UNet2DConditionModel,
     expected = unet(*inputs).sample
     if fused:
         unet.fuse_qkv_projections()
-    use_channels_last(unet)
+    use_fastest_layout(unet)
     with Calls() as calls:
         got = unet(*inputs).sample
     close(got, expected)
@@ -97,7 +97,7 @@ def test_vae_encodes_and_decodes_the_same(v1_4_pipe: StableDiffusionPipeline):
     vae: AutoencoderKL = copy.deepcopy(v1_4_pipe.vae)
     pixels, latents = torch.randn(1, 3, 64, 64), torch.randn(1, 4, 8, 8)
     encoded, decoded = vae.encode(pixels).latent_dist.mean, vae.decode(latents).sample
-    use_channels_last(vae)
+    use_fastest_layout(vae)
     close(vae.encode(pixels).latent_dist.mean, encoded)
     close(vae.decode(latents).sample, decoded)
     assert vae.decode(latents).sample.is_contiguous(memory_format=torch.channels_last)
