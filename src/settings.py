@@ -67,7 +67,9 @@ class Settings(BaseModel):
         json_schema_extra={"advanced": False},
     )
     acceleration: Annotated[Literal["off", "graphs"], AnyCase] = Field(
-        "graphs", title="Acceleration", description="`graphs` runs the UNet as CUDA graphs, `off` kernel by kernel"
+        "graphs",
+        title="Acceleration",
+        description="`graphs` uses CUDA graphs and a GPU's fastest memory layout, `off` neither",
     )
     safety_checker: bool = Field(
         True,

@@ -1,7 +1,7 @@
 """How fast a picture can be, and which settings make it so: ``python -m tests.bench.gpu``.
 
 One run on one device, with a full-size v1-4 of random weights, which is as fast as the real one: plain diffusers, the
-baseline's handler, this worker with each of its settings, and this worker with what is no setting yet, for one picture
+baseline's handler, this worker with each of its settings, and this worker without one of its patches, for one picture
 and for a batch of four. A step is one call of the UNet with guidance: ``host ms`` is how long the host needs to launch
 it, ``device ms`` how long the device needs to compute it once it is launched; the longer of the two is what it takes.
 ``idle ms`` is how long the device waits between two queued calls. Also the memory of the largest requests, the floor (a
