@@ -1,13 +1,21 @@
 """How fast a picture can be, and which settings make it so: ``python -m tests.bench.gpu``.
 
-One run on one device, with a full-size v1-4 of random weights, which is as fast as the real one: plain diffusers, the
-baseline's handler, this worker with each of its settings, and this worker without one of its patches, for one picture
-and for a batch of four. A step is one call of the UNet with guidance: ``host ms`` is how long the host needs to launch
-it, ``device ms`` how long the device needs to compute it once it is launched; the longer of the two is what it takes.
-``idle ms`` is how long the device waits between two queued calls. Also the memory of the largest requests, the floor (a
-picture's operations by count over the device's measured matrix rate), and what to set on this device.
+One run on one device, with a full-size v1-4 of random weights, which is as fast as the real one: plain diffusers, this
+worker with each of its settings and without its patches of the memory layout, and the baseline's handler, for one
+picture and for a batch of four. The columns:
 
-``--small`` does the same with a shrunken model, which any CPU can: it shows that the bench works and nothing else.
+- ``x plain``: times as fast as plain diffusers without slicing;
+- ``GiB``: the most memory that PyTorch reserved on the device;
+- ``host ms``: how long the host needs to launch a step, which is one call of the UNet with guidance;
+- ``device ms``: how long the device needs to compute it once it is launched; the longer of the two is what it takes;
+- ``idle ms``: how long the device waits between two queued calls of one picture;
+- ``$/1000``: what 1,000 pictures cost, with ``--price``.
+
+Then the memory of the largest requests, the floor (a picture's operations by count over the device's measured matrix
+rate), and what to set on this device.
+
+``--small`` does the same with a shrunken model, which any CPU can: it shows that the bench works, its advice means
+nothing.
 """
 
 import argparse
@@ -17,7 +25,7 @@ import gc
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -37,6 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import handler
 from src.api.limits import MAX_IMAGES
 from src.api.request import ImageRequest
+from src.generation.memory_layout import FASTER, ChannelsLastGroupNorm
 from src.model import loading
 from src.settings import Settings
 from tests.bench import cold_start
@@ -80,7 +89,7 @@ class Measurement:
     """Milliseconds of a step."""
     device: float = float("nan")
     idle: float = float("nan")
-    """Milliseconds for which the device waits between two queued calls."""
+    """Milliseconds for which the device waits between two queued calls of one picture."""
 
 
 Rows = list[Measurement]
@@ -100,12 +109,18 @@ class TimedPipeline(StableDiffusionPipeline):
         return generated
 
 
-def restore_group_norms(pipe: StableDiffusionPipeline) -> None:
-    """Gives PyTorch's own group norms back to a pipeline in ``channels_last``."""
+def restore(pipe: StableDiffusionPipeline, faster: Collection[type[torch.nn.Module]]) -> None:
+    """Gives the modules of these classes their own classes back."""
     for model in (pipe.unet, pipe.vae):
         for module in model.modules():
-            if isinstance(module, torch.nn.GroupNorm):
-                vars(module).pop("forward", None)
+            if type(module) in faster:
+                module.__class__ = type(module).__base__
+
+
+def use_default_layout(pipe: StableDiffusionPipeline) -> None:
+    restore(pipe, FASTER.values())
+    for model in (pipe.unet, pipe.vae):
+        model.to(memory_format=torch.contiguous_format)
 
 
 DEFAULTS, EAGER = "this worker", "ACCELERATION=off"
@@ -116,8 +131,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     f"{EAGER} ATTENTION_SLICING=off": {"acceleration": "off", "attention_slicing": "off"},
 }
 """By what is set."""
-CHANGES = {"PyTorch's group norms": restore_group_norms}
-"""What is changed in the pipeline of this worker: it tells when a patch can go."""
+CHANGES: dict[str, Callable[[StableDiffusionPipeline], None]] = {
+    "PyTorch's group norms": lambda pipe: restore(pipe, [ChannelsLastGroupNorm]),
+    "default memory layout": use_default_layout,
+}
+"""What is undone in the pipeline of this worker: it tells when it can go."""
 
 
 def timestamp() -> Any:
@@ -254,7 +272,7 @@ def measure_worker(
         (_, first_ends), (second_begins, _) = TimedPipeline.calls
         waits.append(milliseconds(first_ends, second_begins))
     shut_down(engine)
-    return [replace(each, idle=median(waits)) for each in measured]
+    return [replace(measured[0], idle=median(waits)), *measured[1:]]
 
 
 def measure_largest(models: Path) -> dict[str, int]:
@@ -289,34 +307,35 @@ def times_as_fast(measured: Rows, reference: Rows) -> list[float]:
 
 
 def advice(rows: dict[str, Rows]) -> Iterator[str]:
-    """What to set on this device, what is worth a setting, and why."""
+    """What to set on this device and why, and whether a patch can go."""
 
-    def gain(name: str, reference: str) -> float:
-        return geometric_mean(times_as_fast(rows[name], rows[reference]))
+    def gain(name: str) -> float:
+        return geometric_mean(times_as_fast(rows[name], rows[DEFAULTS]))
 
-    def compared(name: str, reference: str) -> str:
-        gains = zip(BATCH_SIZES, times_as_fast(rows[name], rows[reference]), strict=True)
-        more = max(one.memory - other.memory for one, other in zip(rows[name], rows[reference], strict=True))
+    def compared(name: str) -> str:
+        gains = zip(BATCH_SIZES, times_as_fast(rows[name], rows[DEFAULTS]), strict=True)
+        more = max(one.memory - other.memory for one, other in zip(rows[name], rows[DEFAULTS], strict=True))
         speeds = ", ".join(f"{gain:.2f} times as fast for {images}" for images, gain in gains)
         return f"{speeds}, {more / 2**30:+.2f} GiB"
 
-    best = max(SETTINGS, key=lambda name: gain(name, DEFAULTS))
-    if gain(best, DEFAULTS) < MIN_GAIN:
+    best = max(SETTINGS, key=gain)
+    if gain(best) < MIN_GAIN:
         yield f"set nothing: no setting makes {DEFAULTS} {MIN_GAIN - 1:.0%} faster"
     else:
-        yield f"set {best}: {compared(best, DEFAULTS)}"
+        yield f"set {best}: {compared(best)}"
     for images, one in zip(BATCH_SIZES, rows[EAGER], strict=True):
         limit = "host is the limit, which graphs relieve" if one.host > one.device else "device is the limit"
         took = f"the host {one.host:.1f} ms, the device {one.device:.1f} ms"
         yield f"why: without graphs, a step of {images} takes {took}: the {limit}"
     for name in CHANGES:
-        yield f"{name}: {compared(name, DEFAULTS)}"
+        verdict = "the patch pays" if gain(name) * MIN_GAIN < 1 else "the patch can go"
+        yield f"with {name}, {verdict}: {compared(name)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how fast a picture can be.")
-    parser.add_argument("--runs", type=int, default=5, help="of each kind, after those that are not counted")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--runs", type=int, default=5, help="calls of each row, after those that are not counted")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps of a picture")
     parser.add_argument("--memory", type=float, help="GiB of the device's memory that may be used, such as 24")
     parser.add_argument("--price", type=float, help="of a second of the device, in dollars")
     parser.add_argument("--small", action="store_true", help="with a shrunken model")
@@ -324,6 +343,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not CUDA and not arguments.small:
         parser.error("there is no CUDA device: on a CPU only --small makes sense")
+    if min(arguments.runs, arguments.steps) < 1:
+        parser.error("--runs and --steps must be 1 or more")
     RunPodLogger().set_level("WARN")
     if CUDA and arguments.memory:
         share = arguments.memory * 2**30 / torch.cuda.get_device_properties(0).total_memory
