@@ -110,7 +110,7 @@ def build_engine(
     graphs = accelerate(pipe, settings)
     log.info(
         f"weights: {loading.describe(pipe)}, attention slicing {settings.attention_slicing}, "
-        f"CUDA graphs {'on' if graphs else 'off'}, {time.monotonic() - begun:.1f} s"
+        f"acceleration {'graphs' if graphs else 'off'}, {time.monotonic() - begun:.1f} s"
     )
     runner = BatchRunner(pipe, model.name, graphs, Vocabulary(**model.words) if model.words else None)
     return Engine(runner, settings.max_batch_images, stall_timeout=settings.stall_timeout)

@@ -27,7 +27,7 @@ def test_check_starts_the_worker_and_logs_the_time_of_each_part(v1_4_repository:
     assert re.fullmatch(
         r"INFO   \| imports: \d+\.\d s\n"
         rf"INFO   \| model: {v1_4_repository.name}, directory {v1_4_repository}, \d+\.\d s\n"
-        r"INFO   \| weights: on the CPU in float32, safety checker on, attention slicing auto, CUDA graphs off, "
+        r"INFO   \| weights: on the CPU in float32, safety checker on, attention slicing auto, acceleration off, "
         r"\d+\.\d s\n"
         r"INFO   \| warm-up: \d+\.\d s\n"
         r"INFO   \| ready: no GPU, \d+\.\d s in all\n",
