@@ -28,6 +28,23 @@ def test_timesteps_of_every_scheduler_stay_on_the_cpu(name: str, v1_4_engine: En
     assert torch.equal(scheduler.timesteps, same.timesteps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_noise_is_added_as_by_diffusers_without_moving_a_table(name: str, dtype: torch.dtype, v1_4_engine: Engine):
+    ours, theirs = keep_on_cpu(new_scheduler(v1_4_engine, name)), new_scheduler(v1_4_engine, name)
+    latents, noise = torch.randn(2, 3, 4, 8, 8, dtype=dtype)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(8, device="cpu")
+    for timestep in ours.timesteps:
+        expected = theirs.add_noise(latents, noise, timestep.repeat(3))
+        assert torch.equal(ours.add_noise(latents, noise, timestep.repeat(3)), expected)
+        on_another_device = (each.to("meta") for each in (latents, noise))
+        assert ours.add_noise(*on_another_device, timestep.repeat(3)).is_meta
+    tables = [value for value in vars(ours).values() if isinstance(value, torch.Tensor)]
+    assert tables
+    assert not any(table.is_meta for table in tables)
+
+
 def test_pipeline_gets_such_a_scheduler_and_nothing_keeps_it(v1_4_engine: Engine, monkeypatch: pytest.MonkeyPatch):
     schedulers = []
     real = StableDiffusionPipeline.__call__

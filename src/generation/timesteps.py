@@ -1,6 +1,7 @@
 """Keeps timesteps on the CPU, where diffusers' schedulers keep their tables.
 
-The lookup of a value in such a table with a timestep on a CUDA device waits until the device has finished all its work.
+A lookup in such a table with a timestep on a CUDA device, or a copy of the table to the device, waits until the device
+has finished all its work.
 """
 
 import types
@@ -11,10 +12,18 @@ import torch
 
 
 def keep_on_cpu(scheduler: Any) -> Any:
-    """Makes ``scheduler.set_timesteps`` ignore the device that the pipeline gives; returns ``scheduler``."""
+    """Makes ``set_timesteps`` and ``add_noise`` of ``scheduler`` work on the CPU, and returns it."""
     # a strong reference would be a cycle, which would keep the scheduler's tensors alive until the garbage is collected
-    set_timesteps, owner = type(scheduler).set_timesteps, weakref.proxy(scheduler)
-    scheduler.set_timesteps = lambda steps, device, **others: set_timesteps(owner, steps, device="cpu", **others)
+    kind, owner = type(scheduler), weakref.proxy(scheduler)
+
+    def add_noise(latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        # the images of a batch have the same timestep, from which the shares of latents and noise follow
+        one, zero = latents.new_ones(1, device="cpu"), latents.new_zeros(1, device="cpu")
+        kept, added = (float(kind.add_noise(owner, *each, timesteps[:1])) for each in ((one, zero), (zero, one)))
+        return latents * kept + noise * added
+
+    scheduler.set_timesteps = lambda steps, device, **others: kind.set_timesteps(owner, steps, device="cpu", **others)
+    scheduler.add_noise = add_noise
     return scheduler
 
 
