@@ -42,14 +42,11 @@ from diffusers import StableDiffusionPipeline
 from runpod import RunPodLogger
 from torch.utils.flop_counter import FlopCounterMode
 
-import handler
 from src.api.limits import MAX_IMAGES
-from src.api.request import ImageRequest
 from src.generation.memory_layout import FASTER, ChannelsLastGroupNorm
 from src.model import loading
-from src.settings import Settings
 from tests.bench import cold_start
-from tests.support.engines import pipe_of, runner_of, shut_down
+from tests.support import engines
 from tests.support.pictures import TASKS
 from tests.support.v1_4 import make_repository
 
@@ -227,15 +224,20 @@ def measure_baseline(models: Path, steps: int, runs: int) -> Rows:
     return [measure_calls(generate, images, runs, warm_ups=0) for images in BATCH_SIZES]
 
 
+def measure(
+    pipe: StableDiffusionPipeline, generate: Callable[[int], object], runs: int, *, warm_ups: int = WARM_UPS
+) -> Rows:
+    """Calls of ``generate``, and steps of the pipeline that it uses."""
+    return [
+        replace(measure_calls(generate, images, runs, warm_ups=warm_ups), **step_times(pipe, images, runs))
+        for images in BATCH_SIZES
+    ]
+
+
 def measure_plain(models: Path, steps: int, runs: int, *, sliced: bool) -> Rows:
     free_device()
     pipe = load_plain(models / "baked", sliced=sliced)
-
-    def generate(images: int) -> None:
-        pipe([PROMPT] * images, num_inference_steps=steps)
-
-    measured = [measure_calls(generate, images, runs, warm_ups=1) for images in BATCH_SIZES]
-    return [replace(each, **step_times(pipe, images, runs)) for each, images in zip(measured, BATCH_SIZES, strict=True)]
+    return measure(pipe, lambda images: pipe([PROMPT] * images, num_inference_steps=steps), runs, warm_ups=1)
 
 
 def measure_worker(
@@ -246,47 +248,40 @@ def measure_worker(
     change: Callable[[StableDiffusionPipeline], None] = lambda pipe: None,
 ) -> Rows:
     free_device()
-    engine = handler.build_engine(
-        Settings(model_id=str(models / "baked"), max_batch_images=max(BATCH_SIZES), **settings)
-    )
-
-    def request(**job_input: Any) -> ImageRequest:
-        common = {"prompt": PROMPT, "num_inference_steps": steps}
-        return ImageRequest.parse(common | job_input, engine.limits)
-
-    def generate(images: int) -> None:
-        asyncio.run(engine.generate(request(num_images=images)))
+    engine = engines.build(models / "baked", max_batch_images=max(BATCH_SIZES), **settings)
+    asked = {"prompt": PROMPT, "num_inference_steps": steps}
 
     async def generate_both() -> None:
         # of different guidance, so that they cannot share a batch
-        await asyncio.gather(*(engine.generate(request(guidance_scale=scale)) for scale in (7, 8)))
+        requests = [engines.request_for(engine, guidance_scale=scale, **asked) for scale in (7, 8)]
+        await asyncio.gather(*map(engine.generate, requests))
 
-    pipe, waits = pipe_of(engine), []
+    pipe, waits = engines.pipe_of(engine), []
     change(pipe)
-    measured = [
-        replace(measure_calls(generate, images, runs), **step_times(pipe, images, runs)) for images in BATCH_SIZES
-    ]
+    measured = measure(pipe, lambda images: engines.generate(engine, num_images=images, **asked), runs)
     for _ in range(runs):
         TimedPipeline.calls.clear()
         asyncio.run(generate_both())
         (_, first_ends), (second_begins, _) = TimedPipeline.calls
         waits.append(milliseconds(first_ends, second_begins))
-    shut_down(engine)
+    engines.shut_down(engine)
     return [replace(measured[0], idle=median(waits)), *measured[1:]]
 
 
 def measure_largest(models: Path) -> dict[str, int]:
     """The most bytes that PyTorch reserves for a request of the largest size and number of images, by its task."""
     free_device()
-    engine = handler.build_engine(Settings(model_id=str(models / "baked"), max_batch_images=MAX_IMAGES))
+    engine = engines.build(models / "baked", max_batch_images=MAX_IMAGES)
     size = engine.limits.max_size
-    largest = {"num_images": MAX_IMAGES, "width": size, "height": size, "num_inference_steps": 4}
-    memory = {}
-    for task, pictures in TASKS.items():
-        request = ImageRequest.parse({"prompt": PROMPT} | largest | pictures, engine.limits)
-        memory[task] = measure_calls(lambda _, request=request: asyncio.run(engine.generate(request)), 1, 1).memory
-        runner_of(engine).release_memory()
-    shut_down(engine)
+
+    def memory_of(task: str) -> int:
+        generate = functools.partial(engines.generate, engine, width=size, height=size, **TASKS[task])
+        measured = measure_calls(lambda images: generate(num_images=images), MAX_IMAGES, runs=1)
+        engines.runner_of(engine).release_memory()
+        return measured.memory
+
+    memory = {task: memory_of(task) for task in TASKS}
+    engines.shut_down(engine)
     return memory
 
 
