@@ -59,7 +59,7 @@ def checkpoint(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["off", "graphs"])
 def engine(model: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
-    """The engine of a started worker, with the default settings and with CUDA graphs."""
+    """The engine of a started worker, without acceleration and with it."""
     engine = engines.build(model, acceleration=request.param)
     engine.warm_up()
     yield engine
@@ -125,10 +125,10 @@ def test_modules_compute_what_those_of_diffusers_do(engine: Engine, model: Path)
 
     for images, shrunk in ((2, 1), (8, 1), (2, 2)):
         latents, timestep, text = unet_inputs(ours, images, shrunk)
-        pixels = torch.rand(1, 3, 8 * latents.shape[2], 8 * latents.shape[3], device=DEVICE, dtype=DTYPE)
+        picture = torch.rand(1, 3, 8 * latents.shape[2], 8 * latents.shape[3], device=DEVICE, dtype=DTYPE)
         close(*(pipe.unet(latents, timestep, text, return_dict=False)[0] for pipe in (ours, plain)))
         close(*(pipe.vae.decode(latents[:1]).sample for pipe in (ours, plain)))
-        close(*(pipe.vae.encode(pixels).latent_dist.mean for pipe in (ours, plain)))
+        close(*(pipe.vae.encode(picture).latent_dist.mean for pipe in (ours, plain)))
 
 
 def test_picture_in_a_batch_of_four_equals_the_one_made_alone(engine: Engine):
